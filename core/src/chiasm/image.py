@@ -1,0 +1,117 @@
+"""From image files to the pixels of one encoder.
+
+Shape letters: B images, H height, W width.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from pydantic import Field
+from torch import Tensor
+
+from chiasm.errors import DataError
+from chiasm.settings import Settings
+
+Resize = Literal["native", "pad", "crop", "squash"]
+"""How an image of any shape becomes the encoder's rectangle.
+
+`pad`: the whole image, its aspect kept, the rest filled with the encoder's mean colour. `crop`: shortest edge to size,
+centre kept, borders lost. `squash`: both edges to size, aspect lost. `native`: what the encoder's published
+processor does.
+"""
+
+
+class ImageSpec(Settings):
+    """The pixels that an encoder wants."""
+
+    height: int = Field(gt=0)
+    """Pixels."""
+    width: int = Field(gt=0)
+    """Pixels."""
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    """Subtracted from RGB in [0, 1]."""
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    """Divides RGB in [0, 1] after the mean is subtracted."""
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    native: Literal["crop", "squash"] = "squash"
+    """What the published processor does."""
+    crop_fraction: float = Field(default=1.0, gt=0, le=1)
+    """Share of the shortest edge that a crop keeps: 224 / 256 for DINOv2's published processor."""
+
+
+def read_image(path: Path) -> Image.Image:
+    """Reads an image file upright and in RGB; transparency is laid over white.
+
+    Raises:
+        DataError: the file is missing or Pillow cannot decode it.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return to_rgb(ImageOps.exif_transpose(image))
+    except FileNotFoundError as error:
+        raise DataError(f"image {str(path)!r} does not exist") from error
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"image {str(path)!r} cannot be decoded: {error}") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """RGB of an image of any mode; transparency is laid over white, 16 bits a channel are scaled to 8."""
+    if image.mode == "RGB":
+        return image
+    if image.mode in ("I;16", "I;16B", "I;16L", "I"):
+        # Pillow clips these to 255 instead of scaling them
+        image = Image.fromarray((np.asarray(image, dtype=np.float64) / 257).clip(0, 255).round().astype(np.uint8))
+    with warnings.catch_warnings():
+        # a palette image with transparency in bytes is what the next line is for
+        warnings.filterwarnings("ignore", message="Palette images with Transparency")
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            rgba = image.convert("RGBA")
+            return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+        return image.convert("RGB")
+
+
+def to_pixels(images: Sequence[Image.Image], spec: ImageSpec, resize: Resize) -> Tensor:
+    """Resizes and normalises images for one encoder.
+
+    Returns:
+        `[B, 3, H, W]` float32.
+    """
+    if not images:
+        return torch.empty(0, 3, spec.height, spec.width)
+    policy = spec.native if resize == "native" else resize
+    # a crop keeps the published share of the edge only when it is the published processing that was asked for
+    fraction = spec.crop_fraction if resize in ("native", "crop") else 1.0
+    resized = [_resize(image, spec, policy, fraction) for image in images]
+    rgb_BHW3 = torch.from_numpy(np.stack([np.asarray(image, dtype=np.uint8) for image in resized]))
+    pixels_B3HW = rgb_BHW3.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format) / 255
+    mean, std = (torch.tensor(v, dtype=torch.float32).view(1, 3, 1, 1) for v in (spec.mean, spec.std))
+    return (pixels_B3HW - mean) / std
+
+
+def _resize(image: Image.Image, spec: ImageSpec, policy: str, fraction: float) -> Image.Image:
+    filter_ = Image.Resampling.BICUBIC if spec.interpolation == "bicubic" else Image.Resampling.BILINEAR
+    width, height = image.size
+    if policy == "squash":
+        return image.resize((spec.width, spec.height), filter_)
+    if policy == "pad":
+        scale = min(spec.width / width, spec.height / height)
+        size = (max(1, round(width * scale)), max(1, round(height * scale)))
+        fill = tuple(round(255 * value) for value in spec.mean)
+        canvas = Image.new("RGB", (spec.width, spec.height), fill)
+        canvas.paste(image.resize(size, filter_), ((spec.width - size[0]) // 2, (spec.height - size[1]) // 2))
+        return canvas
+    # transformers' shortest-edge rule truncates the longer edge; the same here, or crops differ by a pixel
+    short = math.floor(min(spec.height, spec.width) / fraction)
+    size = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
+    image = image.resize(size, filter_)
+    left, top = (size[0] - spec.width) // 2, (size[1] - spec.height) // 2
+    return image.crop((left, top, left + spec.width, top + spec.height))

@@ -1,0 +1,15 @@
+"""The four kinds that the core defines; a plugin module like any other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from chiasm.plugin import Kind, hookimpl
+
+
+@hookimpl
+def chiasm_kinds() -> Iterator[Kind]:
+    yield Kind("encoder", "chiasm.encoder:Encoder", "images to features")
+    yield Kind("fusion", "chiasm.fusion:Fusion", "features of the encoders to one sequence")
+    yield Kind("adapter", "chiasm.adapter:Adapter", "the sequence to visual tokens of the language model's width")
+    yield Kind("llm", "chiasm.llm:LanguageModel", "embeddings to text")

@@ -1,0 +1,158 @@
+"""The interface of a language model.
+
+Shape letters: B sequences, T positions, E width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Self, TypedDict
+
+from torch import Tensor, nn
+
+from chiasm.settings import Settings, Source
+
+
+class LanguageModelConfig(Settings):
+    """What every language model lets a run choose; subclass it to add more."""
+
+    pretrained: Source | None = None
+    """Hub id or folder of the weights and the tokenizer; null for random weights, a control."""
+
+
+@dataclass(frozen=True, slots=True)
+class LanguageModelSpec:
+    """The geometry of a language model, stated without weights."""
+
+    width: int
+    vocabulary: int
+    context_length: int
+    """Positions at most, visual tokens included."""
+    depth: int
+    """Blocks in the architecture."""
+    parameters: int
+    """Parameters that `build` would hold, tied ones once."""
+    chat_template: bool
+    """Whether `render_chat` works."""
+
+
+class Message(TypedDict):
+    """One message of a chat."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class LanguageModel(nn.Module, ABC):
+    """Embeddings to hidden states, logits and text, with the model's own tokenizer.
+
+    A subclass sets `Config`, states its geometry in `spec`, and makes itself in `build`.
+
+    Args:
+        config: an instance of `Config`; kept, with its geometry, as `config` and `geometry`.
+    """
+
+    Config: ClassVar[type[LanguageModelConfig]] = LanguageModelConfig
+
+    def __init__(self, config: LanguageModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.geometry = self.spec(config)
+
+    @classmethod
+    @abstractmethod
+    def spec(cls, config: LanguageModelConfig) -> LanguageModelSpec:
+        """The geometry of `build(config)`, without its weights. May read small files such as config.json.
+
+        Raises:
+            CheckpointError: `pretrained` is missing or of another architecture.
+        """
+
+    @classmethod
+    @abstractmethod
+    def build(cls, config: LanguageModelConfig) -> Self:
+        """The model with its weights, in float32 on the CPU.
+
+        Random weights (`pretrained: null`) come from torch's global generator: seed it before.
+
+        Raises:
+            CheckpointError: `pretrained` is missing, unreadable or of another architecture.
+        """
+
+    @classmethod
+    @abstractmethod
+    def tiny(cls) -> Self:
+        """A small instance with random weights for tests: made on the CPU in well under a second."""
+
+    # text
+
+    @abstractmethod
+    def tokenize(self, text: str) -> list[int]:
+        """The ids of a piece of text, with no BOS or EOS added; special tokens written out in it are recognised."""
+
+    @abstractmethod
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """The text of ids, special tokens left out."""
+
+    @property
+    @abstractmethod
+    def bos_id(self) -> int | None:
+        """The id that starts a sequence, None where the model was trained without one."""
+
+    @property
+    @abstractmethod
+    def eos_id(self) -> int:
+        """The id that ends an answer: supervised in training, stops generation."""
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that stand for no text, such as BOS and the end of a chat turn."""
+        return frozenset(i for i in (self.bos_id, self.eos_id) if i is not None)
+
+    def render_chat(self, messages: Sequence[Message], *, generate: bool) -> str:
+        """The model's own chat template; `generate` ends it where the assistant is to speak.
+
+        Raises:
+            ValueError: the model has no chat template, or the template refuses these roles.
+        """
+        raise ValueError(
+            f"{type(self).__name__} has no chat template; set tokens.turns to [USER, BOT], or name an instruct model"
+        )
+
+    # tensors
+
+    @abstractmethod
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids `[...]` int64 to embeddings `[..., E]`."""
+
+    @abstractmethod
+    def forward(
+        self, embeds_BTE: Tensor, mask_BT: Tensor | None = None, positions_BT: Tensor | None = None
+    ) -> Tensor:
+        """Embeddings to hidden states `[B, T, E]`, ready for `logits`.
+
+        Args:
+            embeds_BTE: embeddings of text, visual and learned tokens.
+            mask_BT: True at real positions, False at padding on either side; None: all are real.
+            positions_BT: int64 positions; None counts the real positions of each row from 0, so that padding on
+                either side gives the same states.
+        """
+
+    @abstractmethod
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states at any positions `[..., E]` to logits `[..., V]`."""
+
+    @abstractmethod
+    def generate(self, embeds_BTE: Tensor, mask_BT: Tensor, *, max_new_tokens: int) -> list[list[int]]:
+        """Greedy decoding with a key-value cache.
+
+        Args:
+            embeds_BTE: the prompts, padded on the left.
+            mask_BT: True at real positions.
+            max_new_tokens: the longest answer.
+
+        Returns:
+            The new ids of each row, without the prompt, ended before the first EOS.
+        """

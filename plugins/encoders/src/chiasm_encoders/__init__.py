@@ -1,0 +1,1 @@
+"""Vision encoders, each with its own preprocessing."""
