@@ -1,0 +1,124 @@
+"""What a run would be, told without loading a weight: whether its parts fit, and what they hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from chiasm.config import PARTS, Part, RunConfig, resolve
+from chiasm.errors import ChiasmError
+from chiasm.features import SequenceSpec
+from chiasm.llm import LanguageModelSpec
+from chiasm.prompt import LEARNED
+
+
+@dataclass(slots=True)
+class RunPlan:
+    """The outcome of planning one run; figures are None where a problem stopped them from being known."""
+
+    problems: list[str] = field(default_factory=list)
+    """Why the run cannot work; empty for a valid run."""
+    visual_tokens: int | None = None
+    """Of one image."""
+    sequence: SequenceSpec | None = None
+    """What the fusion gives."""
+    context_length: int | None = None
+    parameters: dict[Part, int] = field(default_factory=dict)
+    trained: dict[Part, int] = field(default_factory=dict)
+    """Parameters that some stage trains."""
+    encoder_flops: int | None = None
+    """Floating-point operations to encode one image."""
+
+    @property
+    def valid(self) -> bool:
+        return not self.problems
+
+    def summary(self) -> dict[str, Any]:
+        """The plan as plain values, for `--json`."""
+        return {
+            "valid": self.valid,
+            "problems": self.problems,
+            "visual_tokens": self.visual_tokens,
+            "context_length": self.context_length,
+            "parameters": dict(self.parameters),
+            "trained": dict(self.trained),
+            "encoder_flops": self.encoder_flops,
+        }
+
+
+def plan_run(run: RunConfig) -> RunPlan:
+    """Plans a run from the specs of its parts; no weight is loaded and no data is read."""
+    plan = RunPlan()
+
+    def attempt(where: str, step: Callable[[], Any]) -> Any:
+        try:
+            return step()
+        except ValidationError as error:
+            plan.problems += [f"{where}: {detail['msg']}" for detail in error.errors()]
+        except (ChiasmError, ValueError) as error:
+            plan.problems.append(f"{where}: {error}")
+        return None
+
+    def spec(kind: str, ref: Any, *geometry: Any) -> Any:
+        cls, config = resolve(kind, ref)
+        return cls.spec(config, *geometry)
+
+    def count(kind: str, ref: Any, *geometry: Any) -> int:
+        cls, config = resolve(kind, ref)
+        with torch.device("meta"):
+            return sum(p.numel() for p in cls(config, *geometry).parameters())
+
+    encoders = [
+        attempt(f"vision.encoders.{i}", lambda ref=ref: spec("encoder", ref))  # type: ignore[misc]
+        for i, ref in enumerate(run.vision.encoders)
+    ]
+    llm: LanguageModelSpec | None = attempt("llm", lambda: spec("llm", run.llm))
+    if None not in encoders:
+        plan.parameters["encoders"] = sum(encoder.parameters for encoder in encoders)
+        plan.encoder_flops = sum(encoder.flops for encoder in encoders)
+    if llm is not None:
+        plan.context_length = llm.context_length
+        plan.parameters["llm"] = llm.parameters
+        plan.parameters["tokens"] = len(LEARNED) * llm.width
+        if run.tokens.turns == "template" and not llm.chat_template:
+            plan.problems.append(
+                f"tokens.turns: {run.llm.name!r} has no chat template; choose [USER, BOT] or an instruct model"
+            )
+    if llm is None or None in encoders:
+        return _finish(plan, run)
+
+    features = tuple(encoder.features for encoder in encoders)
+    plan.sequence = attempt("vision.fusion", lambda: spec("fusion", run.vision.fusion, features, llm.width))
+    if plan.sequence is None:
+        return _finish(plan, run)
+    plan.parameters["fusion"] = count("fusion", run.vision.fusion, features, llm.width)
+    out = attempt("vision.adapter", lambda: spec("adapter", run.vision.adapter, plan.sequence, llm.width))
+    if out is None:
+        return _finish(plan, run)
+    plan.parameters["adapter"] = count("adapter", run.vision.adapter, plan.sequence, llm.width)
+    plan.visual_tokens = out.tokens
+    if out.width != llm.width:
+        plan.problems.append(
+            f"vision.adapter: {run.vision.adapter.name!r} gives width {out.width}, the language model has {llm.width}"
+        )
+    needed = out.tokens + len(run.tokens.image) + 2
+    if needed >= llm.context_length:
+        plan.problems.append(
+            f"llm: the context of {llm.context_length} positions is too short for {out.tokens} visual tokens with any "
+            "text; choose an encoder or adapter with fewer tokens, or a longer context"
+        )
+    return _finish(plan, run)
+
+
+def _finish(plan: RunPlan, run: RunConfig) -> RunPlan:
+    """Fills in what is trained, and finds stages that would train nothing."""
+    plan.trained = {part: plan.parameters[part] for part in PARTS if part in run.trained and part in plan.parameters}
+    for stage in run.stages:
+        known = [plan.parameters.get(part) for part in stage.train]
+        if known and all(count == 0 for count in known):
+            plan.problems.append(f"stages.{stage.name}.train: {list(stage.train)} hold no parameter; nothing would learn")
+    return plan

@@ -1,0 +1,236 @@
+"""From a sample to one sequence of text, learned and visual positions, with its labels.
+
+    BOS  system  SOI  visual tokens  EOI  (USER question  BOT answer  EOS)*         tokens.turns: [USER, BOT]
+    the chat template, with SOI  visual tokens  EOI  at the images' place           tokens.turns: template
+
+Answers and the token that ends them are supervised, nothing else. Each piece of text is tokenised on its own, so the
+boundary between a prompt and its answer is the same in training and in generation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+from chiasm.config import TokensConfig
+from chiasm.errors import ConfigError, DataError
+from chiasm.llm import LanguageModel, Message
+from chiasm.sample import IMAGE_MARKER, Sample, count_markers
+
+IGNORE = -100
+"""The label of positions that are not supervised; torch's own `ignore_index`."""
+
+LEARNED = ("SOI", "EOI", "USER", "BOT")
+"""The learned vectors in the order of their rows."""
+
+
+class Position(IntEnum):
+    """What stands at a position of a sequence."""
+
+    PAD = 0
+    TEXT = 1
+    LEARNED = 2
+    VISUAL = 3
+
+
+@dataclass(slots=True)
+class Prompt:
+    """One sequence: for each of T positions an id, what stands there, and a label.
+
+    `ids` holds the token id at TEXT, the row of the vector at LEARNED, 0 elsewhere. `labels` holds the id to be
+    predicted **at** that position (the shift is the loss's business) or `IGNORE`.
+    """
+
+    sample_id: str
+    ids: list[int] = field(default_factory=list)
+    kinds: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    images: int = 0
+    cut: int = 0
+    """Positions that the context's length cost."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def supervised(self) -> int:
+        """How many positions have a label."""
+        return sum(label != IGNORE for label in self.labels)
+
+    def text(self, ids: Sequence[int], *, supervised: bool = False) -> None:
+        """Appends text."""
+        self._extend(ids, Position.TEXT, ids if supervised else None)
+
+    def learned(self, *names: str) -> None:
+        """Appends learned vectors by name."""
+        self._extend([LEARNED.index(name) for name in names], Position.LEARNED)
+
+    def image(self, visual_tokens: int, around: Sequence[str]) -> None:
+        """Appends the place of one image."""
+        self.learned(*around[:1])
+        self._extend([0] * visual_tokens, Position.VISUAL)
+        self.learned(*around[1:])
+        self.images += 1
+
+    def _extend(self, ids: Sequence[int], kind: Position, labels: Sequence[int] | None = None) -> None:
+        self.ids += ids
+        self.kinds += [kind] * len(ids)
+        self.labels += labels if labels is not None else [IGNORE] * len(ids)
+
+
+class PromptBuilder:
+    """Writes samples as sequences for one model.
+
+    Args:
+        llm: the language model whose tokenizer and template are used; no weight of it is touched.
+        tokens: which learned vectors stand where.
+        visual_tokens: for each image.
+        system: text before the first turn.
+    """
+
+    def __init__(self, llm: LanguageModel, tokens: TokensConfig, visual_tokens: int, system: str) -> None:
+        self.llm = llm
+        self.tokens = tokens
+        self.visual_tokens = visual_tokens
+        self.system = system
+
+    def train(self, sample: Sample) -> Prompt:
+        """The whole dialogue with its labels, cut at the end where it exceeds the context.
+
+        Raises:
+            DataError: a turn has no answer, or nothing is supervised within the context; the message names the sample.
+        """
+        if sample.turns[-1].answer is None:
+            raise DataError(f"sample {sample.id!r}: the last turn has no answer; training needs one")
+        prompt = self._write(sample)
+        limit = self.llm.geometry.context_length
+        cut_image = Position.VISUAL in prompt.kinds[limit:]
+        prompt.cut = max(0, len(prompt) - limit)
+        prompt.ids, prompt.kinds, prompt.labels = prompt.ids[:limit], prompt.kinds[:limit], prompt.labels[:limit]
+        if prompt.supervised == 0 or cut_image:
+            raise DataError(
+                f"sample {sample.id!r} is longer than the context of {limit} positions before its "
+                f"{'last image' if cut_image else 'first answer'} ends ({sample_size(sample)}); shorten it, or choose "
+                "a longer context or fewer visual tokens"
+            )
+        return prompt
+
+    def ask(self, sample: Sample, reserve: int) -> Prompt:
+        """The dialogue up to the place where the model answers its last turn.
+
+        Args:
+            sample: what is asked.
+            reserve: positions to leave for the answer.
+
+        Raises:
+            DataError: the last turn has an answer, or the prompt and the answer exceed the context.
+        """
+        if sample.turns[-1].answer is not None:
+            raise DataError(f"sample {sample.id!r}: the last turn has an answer already; leave it out to ask for one")
+        prompt = self._write(sample)
+        limit = self.llm.geometry.context_length
+        if len(prompt) + reserve > limit:
+            raise DataError(
+                f"question {sample.id!r} takes {len(prompt)} positions and its answer up to {reserve}, "
+                f"more than the context of {limit} ({sample_size(sample)})"
+            )
+        return prompt
+
+    def _write(self, sample: Sample) -> Prompt:
+        prompt = Prompt(sample.id)
+        bos = self.llm.bos_id
+        if self.tokens.turns == "template":
+            self._write_template(prompt, sample)
+        else:
+            if bos is not None:
+                prompt.text([bos])
+            self._write_learned(prompt, sample)
+        assert prompt.images == len(sample.images)
+        return prompt
+
+    def _write_learned(self, prompt: Prompt, sample: Sample) -> None:
+        system = self.system if sample.system is None else sample.system
+        prompt.text(self._ids(system))
+        if not count_markers(sample.turns):
+            self._images(prompt, len(sample.images))
+        for turn in sample.turns:
+            prompt.learned("USER")
+            self._content(prompt, turn.question)
+            prompt.learned("BOT")
+            if turn.answer is not None:
+                prompt.text([*self._ids(turn.answer), self.llm.eos_id], supervised=True)
+
+    def _write_template(self, prompt: Prompt, sample: Sample) -> None:
+        pieces = self._template_pieces(sample)
+        contents = self._contents(sample)
+        first_question = next(i for i, (role, _) in enumerate(contents) if role == "user")
+        # a template may write BOS itself; one that does not leaves it to the tokenizer
+        head = self._ids(pieces[0])
+        if self.llm.bos_id is not None and head[:1] != [self.llm.bos_id]:
+            head = [self.llm.bos_id, *head]
+        prompt.text(head)
+        for i, (role, content) in enumerate(contents):
+            after = self._ids(pieces[i + 1])
+            if role != "assistant":
+                if i == first_question and not count_markers(sample.turns):
+                    self._images(prompt, len(sample.images))
+                self._content(prompt, content)
+                prompt.text(after)
+                continue
+            end = next((k for k, token in enumerate(after) if token in self.llm.special_ids), None)
+            if end is None:
+                raise ConfigError(
+                    f"the chat template of {type(self.llm).__name__} ends an answer with {pieces[i + 1]!r}, which holds "
+                    "no special token, so the model could not learn to stop; set tokens.turns to [USER, BOT]"
+                )
+            prompt.text([*self._ids(content), *after[: end + 1]], supervised=True)
+            prompt.text(after[end + 1 :])
+
+    def _contents(self, sample: Sample) -> list[tuple[str, str]]:
+        system = self.system if sample.system is None else sample.system
+        contents = [("system", system.strip())] if system.strip() else []
+        for turn in sample.turns:
+            contents.append(("user", turn.question))
+            if turn.answer is not None:
+                contents.append(("assistant", turn.answer))
+        return contents
+
+    def _template_pieces(self, sample: Sample) -> list[str]:
+        """What the template writes before, between and after the contents."""
+        contents = self._contents(sample)
+        # private-use characters: no template trims or escapes them, no tokenizer is asked to read them
+        marks = [f"\ue000{i}\ue001" for i in range(len(contents))]
+        messages = [Message(role=role, content=mark) for (role, _), mark in zip(contents, marks, strict=True)]  # type: ignore[typeddict-item]
+        rest = self.llm.render_chat(messages, generate=sample.turns[-1].answer is None)
+        pieces = []
+        for mark, (role, _) in zip(marks, contents, strict=True):
+            if rest.count(mark) != 1:
+                raise ConfigError(
+                    f"the chat template of {type(self.llm).__name__} writes the {role} message {rest.count(mark)} "
+                    "times, so its answers cannot be found; set tokens.turns to [USER, BOT]"
+                )
+            before, rest = rest.split(mark)
+            pieces.append(before)
+        return [*pieces, rest]
+
+    def _content(self, prompt: Prompt, text: str) -> None:
+        """A question: its text, and an image at each marker."""
+        pieces = text.split(IMAGE_MARKER)
+        for i, piece in enumerate(pieces):
+            prompt.text(self._ids(piece))
+            if i < len(pieces) - 1:
+                self._images(prompt, 1)
+
+    def _images(self, prompt: Prompt, count: int) -> None:
+        for _ in range(count):
+            prompt.image(self.visual_tokens, self.tokens.image)
+
+    def _ids(self, text: str) -> list[int]:
+        return self.llm.tokenize(text) if text else []
+
+
+def sample_size(sample: Sample) -> str:
+    """A sample's size in words, for messages."""
+    characters = sum(len(turn.question) + len(turn.answer or "") for turn in sample.turns)
+    return f"{len(sample.images)} images, {len(sample.turns)} turns, {characters} characters"

@@ -1,0 +1,189 @@
+"""The model that composes the parts: encoders, fusion, adapter, learned vectors, language model.
+
+Shape letters: B sequences, T positions, I images, N tokens of one image, L layers, D width of an encoder, E width of
+the language model, S supervised positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from chiasm.adapter import Adapter
+from chiasm.batch import Batch
+from chiasm.config import PARTS, Part
+from chiasm.encoder import Encoder
+from chiasm.features import Features
+from chiasm.fusion import Fusion
+from chiasm.llm import LanguageModel
+from chiasm.prompt import IGNORE, LEARNED, Position
+
+
+class LearnedTokens(nn.Module):
+    """The vectors SOI, EOI, USER and BOT, outside the vocabulary (OmniFusion, arXiv 2404.06212, section 2).
+
+    Drawn from N(0, 1 / E), as the released code draws them.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.vectors = nn.Parameter(torch.randn(len(LEARNED), width) * width**-0.5)
+
+
+@dataclass(frozen=True, slots=True)
+class PartCount:
+    """Parameters of one part, tied ones counted once."""
+
+    part: Part
+    trained: int
+    frozen: int
+
+
+class VLM(nn.Module):
+    """A vision-language model of any parts that fit.
+
+    Args:
+        encoders: one or more, in the order that the fusion was built for.
+        fusion: features of all encoders to one sequence.
+        adapter: that sequence to visual tokens.
+        llm: the language model.
+
+    Raises:
+        ValueError: the geometries of neighbouring parts differ.
+    """
+
+    def __init__(self, encoders: Sequence[Encoder], fusion: Fusion, adapter: Adapter, llm: LanguageModel) -> None:
+        super().__init__()
+        given = tuple(encoder.geometry.features for encoder in encoders)
+        if given != fusion.features:
+            raise ValueError(f"the fusion was built for {fusion.features}, the encoders give {given}")
+        if fusion.out != adapter.sequence:
+            raise ValueError(f"the adapter was built for {adapter.sequence}, the fusion gives {fusion.out}")
+        if adapter.out.width != llm.geometry.width:
+            raise ValueError(f"the adapter gives width {adapter.out.width}, the llm has {llm.geometry.width}")
+        self.encoders = nn.ModuleList(encoders)
+        self.fusion = fusion
+        self.adapter = adapter
+        self.tokens = LearnedTokens(llm.geometry.width)
+        self.llm = llm
+        self._trained: frozenset[Part] = frozenset(PARTS)
+
+    @property
+    def visual_tokens(self) -> int:
+        """Visual tokens of one image."""
+        return self.adapter.out.tokens
+
+    def part(self, name: Part) -> nn.Module:
+        """One part as a module, for its parameters and its state."""
+        return self.get_submodule(name)
+
+    # what learns
+
+    def set_trained(self, parts: Collection[Part]) -> None:
+        """Chooses the parts that learn. All others get no gradient and stay in eval mode whatever `train` is told."""
+        self._trained = frozenset(parts)
+        for name in PARTS:
+            self.part(name).requires_grad_(name in self._trained)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        for name in PARTS:
+            if name not in self._trained:
+                self.part(name).eval()
+        return self
+
+    def counts(self) -> list[PartCount]:
+        """What is trained and what is frozen, by part."""
+        return [
+            PartCount(
+                name,
+                trained=sum(p.numel() for p in self.part(name).parameters() if p.requires_grad),
+                frozen=sum(p.numel() for p in self.part(name).parameters() if not p.requires_grad),
+            )
+            for name in PARTS
+        ]
+
+    # the way of an image
+
+    def encode(self, index: int, pixels_I3HW: Tensor) -> Features:
+        """Pixels `[I, 3, H, W]` to the features of encoder `index`, without a graph where the encoders are frozen."""
+        encoder = self.encoders[index]
+        dtype = next((p.dtype for p in encoder.parameters()), pixels_I3HW.dtype)
+        with nullcontext() if "encoders" in self._trained else torch.no_grad():
+            features: Features = encoder(pixels_I3HW.to(dtype))
+        return features
+
+    def see(self, vision: Sequence[Tensor | Features]) -> Tensor:
+        """Pixels or features of each encoder to visual tokens `[I, N, E]`."""
+        if len(vision) != len(self.encoders):
+            raise ValueError(f"the batch has images for {len(vision)} encoders, the model has {len(self.encoders)}")
+        features = [item if isinstance(item, Features) else self.encode(k, item) for k, item in enumerate(vision)]
+        visual: Tensor = self.adapter(self.fusion(self._in_dtype(features))).tokens
+        return visual
+
+    def embed(self, batch: Batch) -> Tensor:
+        """The sequence of a batch as embeddings `[B, T, E]` in the language model's dtype; zeros at padding.
+
+        Raises:
+            ValueError: the places for visual tokens and the images of the batch disagree in number.
+        """
+        kinds_BT1 = batch.kinds_BT.unsqueeze(-1)
+        embeds_BTE = self.llm.embed(batch.ids_BT.where(batch.kinds_BT == Position.TEXT, 0))
+        dtype = embeds_BTE.dtype
+        embeds_BTE = embeds_BTE.masked_fill(kinds_BT1 == Position.PAD, 0)
+        learned_BTE = F.embedding(batch.ids_BT.where(batch.kinds_BT == Position.LEARNED, 0), self.tokens.vectors)
+        embeds_BTE = torch.where(kinds_BT1 == Position.LEARNED, learned_BTE.to(dtype), embeds_BTE)
+        places = int((batch.kinds_BT == Position.VISUAL).sum())
+        if not batch.vision:
+            if places:
+                raise ValueError(f"the batch has {places} places for visual tokens and no image")
+            return embeds_BTE
+        visual_INE = self.see(batch.vision)
+        if places != visual_INE.shape[0] * visual_INE.shape[1]:
+            raise ValueError(
+                f"the batch has {places} places for visual tokens and {visual_INE.shape[0]} images of "
+                f"{visual_INE.shape[1]} visual tokens each"
+            )
+        # out of place, so that the embeddings of a frozen language model need no graph of their own
+        return embeds_BTE.masked_scatter(kinds_BT1 == Position.VISUAL, visual_INE.to(dtype))
+
+    # what comes out
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The summed cross-entropy over the supervised positions of a batch, and how many there are.
+
+        The sum, not the mean: the trainer divides by the count of the whole optimiser step, so the loss is the same
+        for any micro-batch and any number of workers. Logits are computed at supervised positions only.
+
+        Returns:
+            A float32 scalar and an int64 scalar.
+        """
+        hidden_BTE = self.llm(self.embed(batch), batch.mask_BT)
+        targets_BT = batch.labels_BT[:, 1:]
+        supervised_BT = targets_BT != IGNORE
+        logits_SV = self.llm.logits(hidden_BTE[:, :-1][supervised_BT])
+        loss = F.cross_entropy(logits_SV.float(), targets_BT[supervised_BT], reduction="sum")
+        return loss, supervised_BT.sum()
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Logits at every position, `[B, T, V]`; to compare models with, not to train with."""
+        return self.llm.logits(self.llm(self.embed(batch), batch.mask_BT))
+
+    @torch.no_grad()
+    def generate(self, batch: Batch, *, max_new_tokens: int) -> list[str]:
+        """The greedy answers to a batch that was padded on the left."""
+        ids = self.llm.generate(self.embed(batch), batch.mask_BT, max_new_tokens=max_new_tokens)
+        return [self.llm.detokenize(row) for row in ids]
+
+    def _in_dtype(self, features: list[Features]) -> list[Features]:
+        """Features in the dtype of the first trained layers, which hold float32 weights where encoders hold bf16."""
+        parameters = [*self.fusion.parameters(), *self.adapter.parameters()]
+        dtype = parameters[0].dtype if parameters else features[0].tokens.dtype
+        return [Features(item.tokens.to(dtype), item.grid) for item in features]
