@@ -15,7 +15,6 @@ from chiasm.fusion import Fusion
 from chiasm.llm import LanguageModel
 from chiasm.vlm import VLM
 
-
 Load = Callable[[str, ComponentRef, str], "Encoder | LanguageModel"]
 """Gives an encoder or a language model by kind, reference and random stream; a cache of frozen ones has this form."""
 

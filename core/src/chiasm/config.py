@@ -111,7 +111,7 @@ class StageConfig(Settings):
 
     @model_validator(mode="after")
     def _rates(self) -> Self:
-        rates = self.lr if isinstance(self.lr, dict) else {part: self.lr for part in self.train}
+        rates = self.lr if isinstance(self.lr, dict) else dict.fromkeys(self.train, self.lr)
         if set(rates) != set(self.train):
             raise ValueError(f"lr: wanted one rate for each of {list(self.train)}, given {list(rates)}")
         for part, rate in rates.items():
@@ -262,6 +262,4 @@ def _with_components(run: RunConfig, resolved: dict[Location, ComponentRef]) -> 
         for i, stage in enumerate(run.stages)
     )
     evaluate = tuple(resolved["evaluate", i] for i in range(len(run.evaluate)))
-    return run.model_copy(
-        update={"vision": vision, "llm": resolved[("llm",)], "stages": stages, "evaluate": evaluate}
-    )
+    return run.model_copy(update={"vision": vision, "llm": resolved[("llm",)], "stages": stages, "evaluate": evaluate})

@@ -127,7 +127,9 @@ def select_layers(layers: Layers, depth: int) -> tuple[int, ...]:
     chosen = tuple(index + depth + 1 if index < 0 else index for index in asked)
     for index, block in zip(asked, chosen, strict=True):
         if not 1 <= block <= depth:
-            raise ValueError(f"layer {index} does not exist: the encoder has {depth} blocks, 1..{depth} or -{depth}..-1")
+            raise ValueError(
+                f"layer {index} does not exist: the encoder has {depth} blocks, 1..{depth} or -{depth}..-1"
+            )
     if len(set(chosen)) < len(chosen):
         raise ValueError(f"layers {list(asked)} name a block twice (the encoder has {depth} blocks)")
     return chosen

@@ -9,6 +9,7 @@ from chiasm.plugin import Kind, hookimpl
 
 @hookimpl
 def chiasm_kinds() -> Iterator[Kind]:
+    """The kinds of a model's parts."""
     yield Kind("encoder", "chiasm.encoder:Encoder", "images to features")
     yield Kind("fusion", "chiasm.fusion:Fusion", "features of the encoders to one sequence")
     yield Kind("adapter", "chiasm.adapter:Adapter", "the sequence to visual tokens of the language model's width")

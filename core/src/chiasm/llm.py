@@ -128,9 +128,7 @@ class LanguageModel(nn.Module, ABC):
         """Token ids `[...]` int64 to embeddings `[..., E]`."""
 
     @abstractmethod
-    def forward(
-        self, embeds_BTE: Tensor, mask_BT: Tensor | None = None, positions_BT: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, embeds_BTE: Tensor, mask_BT: Tensor | None = None, positions_BT: Tensor | None = None) -> Tensor:
         """Embeddings to hidden states `[B, T, E]`, ready for `logits`.
 
         Args:

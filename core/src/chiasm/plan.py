@@ -120,5 +120,7 @@ def _finish(plan: RunPlan, run: RunConfig) -> RunPlan:
     for stage in run.stages:
         known = [plan.parameters.get(part) for part in stage.train]
         if known and all(count == 0 for count in known):
-            plan.problems.append(f"stages.{stage.name}.train: {list(stage.train)} hold no parameter; nothing would learn")
+            plan.problems.append(
+                f"stages.{stage.name}.train: {list(stage.train)} hold no parameter; nothing would learn"
+            )
     return plan

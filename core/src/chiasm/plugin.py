@@ -1,4 +1,7 @@
-"""What a plugin module needs: `from chiasm.plugin import Component, hookimpl`. Light: it imports neither torch nor pydantic."""
+"""What a plugin module needs: `from chiasm.plugin import Component, hookimpl`.
+
+Light: it imports neither torch nor pydantic.
+"""
 
 import pluggy
 

@@ -181,8 +181,8 @@ class PromptBuilder:
             end = next((k for k, token in enumerate(after) if token in self.llm.special_ids), None)
             if end is None:
                 raise ConfigError(
-                    f"the chat template of {type(self.llm).__name__} ends an answer with {pieces[i + 1]!r}, which holds "
-                    "no special token, so the model could not learn to stop; set tokens.turns to [USER, BOT]"
+                    f"the chat template of {type(self.llm).__name__} ends an answer with {pieces[i + 1]!r}, which "
+                    "holds no special token, so the model could not learn to stop; set tokens.turns to [USER, BOT]"
                 )
             prompt.text([*self._ids(content), *after[: end + 1]], supervised=True)
             prompt.text(after[end + 1 :])

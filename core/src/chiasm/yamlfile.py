@@ -132,9 +132,9 @@ def problems_of(
     for detail in error.errors():
         written, node = [], data
         for part in detail["loc"]:
-            if isinstance(node, Mapping) and part in node:
-                node = node[part]
-            elif isinstance(node, Sequence) and not isinstance(node, str) and isinstance(part, int) and part < len(node):
+            if (isinstance(node, Mapping) and part in node) or (
+                isinstance(node, Sequence) and not isinstance(node, str) and isinstance(part, int) and part < len(node)
+            ):
                 node = node[part]
             elif detail["type"] != "missing" or part != detail["loc"][-1]:
                 continue  # a branch of a union or a wrapped single value: pydantic's, not the user's

@@ -11,7 +11,7 @@ from chiasm.sample import ImageSource, Sample
 from chiasm.settings import Settings
 
 
-class Dataset(ABC, Sequence[Sample]):
+class Dataset(ABC):
     """Samples in a fixed order: sample i is the same in every process.
 
     A subclass has a `Config`, takes it as its only argument, and reads nothing before `check` or the first sample.
@@ -31,12 +31,12 @@ class Dataset(ABC, Sequence[Sample]):
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def __getitem__(self, index: int) -> Sample: ...  # type: ignore[override]
+    def __getitem__(self, index: int) -> Sample: ...
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[i] for i in range(len(self)))
 
-    def check(self) -> None:
+    def check(self) -> None:  # noqa: B027 -- nothing to look for is a fine answer
         """Looks for what would stop training later: missing files, no sample, an unreadable image.
 
         Raises:
@@ -112,7 +112,7 @@ class Benchmark(ABC):
     def score(self, question: Question, response: str) -> Score:
         """Scores the model's text against the question's references; pure."""
 
-    def check(self) -> None:
+    def check(self) -> None:  # noqa: B027 -- nothing to look for is a fine answer
         """Looks for what would stop the evaluation later.
 
         Raises:

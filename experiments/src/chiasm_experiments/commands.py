@@ -1,0 +1,176 @@
+"""The commands that run things. Each imports what is heavy when it is called, so that `chiasm plugins` stays light."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+EXISTING = click.Path(exists=True, path_type=Path)
+FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+NEW = click.Path(path_type=Path)
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON for a machine.")
+
+
+@click.command()
+@click.argument("file", type=EXISTING)
+@as_json
+def plan(file: Path, as_json: bool) -> None:
+    """Say what a RUN or STUDY file would do, without loading a weight.
+
+    For each cell: whether its parts fit and why not, visual tokens of one image, parameters trained and frozen.
+    Exits with 1 if a cell cannot work.
+    """
+    from chiasm.config import load_run
+    from chiasm.plan import plan_run
+    from chiasm.yamlfile import load_yaml
+    from chiasm_experiments.study.cells import make_cells, make_trials
+    from chiasm_experiments.study.config import Study, is_study
+
+    if is_study(load_yaml(file)):
+        study = Study(file)
+        cells = make_cells(study)
+        plans = [(cell.label, cell.plan) for cell in cells]
+        head = f"{study.config.name}: {len(cells)} cells x {len(study.config.seeds)} seeds = "
+        head += f"{len(make_trials(study, cells))} trials"
+    else:
+        plans, head = [(file.stem, plan_run(load_run(file)))], f"{file.name}: one run"
+    if as_json:
+        click.echo(json.dumps({"cells": [{"label": label, **item.summary()} for label, item in plans]}, indent=2))
+    else:
+        click.echo(head)
+        for label, item in plans:
+            trained, total = sum(item.trained.values()), sum(item.parameters.values())
+            if item.valid:
+                click.echo(
+                    f"  {label}: {item.visual_tokens} visual tokens of a context of {item.context_length}; "
+                    f"{trained / 1e6:.2f} M parameters trained, {(total - trained) / 1e6:.2f} M frozen; "
+                    f"{(item.encoder_flops or 0) / 1e9:.2f} GFLOP to encode an image"
+                )
+            for problem in item.problems:
+                click.echo(f"  {label}: CANNOT WORK: {problem}")
+    if not all(item.valid for _, item in plans):
+        raise SystemExit(1)
+
+
+@click.command()
+@click.argument("run_file", metavar="RUN", type=EXISTING)
+@click.option("--out", type=NEW, required=True, help="Folder of the results; a run found there is taken up.")
+@click.option("--loader-workers", default=0, show_default=True, help="Processes that make samples ready ahead.")
+@as_json
+def train(run_file: Path, out: Path, loader_workers: int, as_json: bool) -> None:
+    """Train and evaluate one RUN file in this process.
+
+    Writes the configuration (run.json), weights in safetensors for each stage, metrics.jsonl, a row for each
+    question (questions.parquet) and the manifest with scores and cost.
+    """
+    from chiasm.config import load_run
+    from chiasm.errors import ConfigError
+    from chiasm.plan import plan_run
+    from chiasm_experiments.training.local import run_here
+    from chiasm_experiments.training.run import Job, check_data
+
+    run = load_run(run_file)
+    problems = plan_run(run).problems
+    if problems:
+        raise ConfigError("this run cannot work:\n" + "\n".join(f"  {problem}" for problem in problems))
+    check_data(run)
+    folder = out.absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    labels = {"trial": folder.name, "study": None, "cell": {}}
+    manifest = run_here(Job(run.model_dump(mode="json"), str(folder), labels, loader_workers), quiet=as_json)
+    _print_scores(manifest, folder, as_json)
+
+
+@click.command()
+@click.argument("study", type=EXISTING)
+@click.option("--out", type=NEW, help="Folder of the results. Default: $CHIASM_RUNS or runs/, then the study's name.")
+@click.option("--fresh", is_flag=True, help="Delete earlier results of this study first.")
+@as_json
+def sweep(study: Path, out: Path | None, fresh: bool, as_json: bool) -> None:
+    """Run every trial of a STUDY file through Ray and write its report.
+
+    Invalid cells and unreadable data stop it before anything runs. Call it again to take up what was interrupted:
+    finished trials are kept. Set RAY_ADDRESS to use a running cluster. Exits with 1 if a trial failed.
+    """
+    from chiasm_experiments.report import write_report
+    from chiasm_experiments.study.driver import sweep as run_study
+
+    ended = run_study(study, out, fresh=fresh, say=lambda line: click.echo(line, err=as_json))
+    if not ended.complete:
+        raise click.ClickException(f"all {ended.failed} trials failed; the first error is in {ended.folder}/trials")
+    report = write_report(ended.folder)
+    if as_json:
+        values = {"folder": str(ended.folder), "report": str(report.html), "complete": ended.complete}
+        click.echo(json.dumps(values | {"failed": ended.failed}))
+    else:
+        click.echo(report.markdown.read_text(encoding="utf-8").split("\n## ")[0].rstrip())
+        click.echo(f"\nreport: {report.html}")
+    if ended.failed:
+        raise SystemExit(1)
+
+
+@click.command()
+@click.argument("run_folder", metavar="RUN_FOLDER", type=FOLDER)
+@click.option("--out", type=NEW, help="Where to write the rows of all questions, as parquet.")
+@as_json
+def evaluate(run_folder: Path, out: Path | None, as_json: bool) -> None:
+    """Evaluate a trained run again on its benchmarks, from its saved weights.
+
+    RUN_FOLDER is what `chiasm train` wrote, or one trial of a study.
+    """
+    from chiasm_experiments.evaluation import write_rows
+    from chiasm_experiments.training.local import evaluate_here
+
+    rows, scores = evaluate_here(run_folder)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_rows(out, rows)
+    values = {
+        name: {"accuracy": score, "questions": sum(r["benchmark"] == name for r in rows)}
+        for name, score in scores.items()
+    }
+    if as_json:
+        click.echo(json.dumps(values))
+    else:
+        for name, value in values.items():
+            click.echo(f"{name}: {100 * value['accuracy']:.1f} on {value['questions']} questions")
+
+
+@click.command()
+@click.argument("study_folder", metavar="STUDY_FOLDER", type=FOLDER)
+@as_json
+def report(study_folder: Path, as_json: bool) -> None:
+    """Write the report of a study again from its trials: report.md, report.html, report.png, results.parquet."""
+    from chiasm_experiments.report import write_report
+
+    written = write_report(study_folder)
+    click.echo(json.dumps({"report": str(written.html)}) if as_json else f"report: {written.html}")
+
+
+@click.command()
+@click.argument("run_folder", metavar="RUN_FOLDER", type=FOLDER)
+@click.argument("image", type=EXISTING)
+@click.argument("question")
+@click.option("--max-new-tokens", default=64, show_default=True, help="The longest answer.")
+@as_json
+def ask(run_folder: Path, image: Path, question: str, max_new_tokens: int, as_json: bool) -> None:
+    """Ask a trained run a QUESTION about an IMAGE file and print its answer."""
+    from chiasm_experiments.training.local import ask_here
+
+    response = ask_here(run_folder, image, question, max_new_tokens)
+    click.echo(json.dumps({"answer": response}) if as_json else response)
+
+
+def _print_scores(manifest: dict[str, Any], folder: Path, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps({"folder": str(folder), "scores": manifest["scores"]}))
+        return
+    for name, score in manifest["scores"].items():
+        click.echo(f"{name}: {100 * score:.1f}")
+    click.echo(f"manifest: {folder / 'manifest.json'}")
+
+
+COMMANDS = (plan, train, sweep, evaluate, report, ask)

@@ -1,0 +1,1 @@
+"""Data sets read from files, and the order in which samples are drawn."""

@@ -1,0 +1,1 @@
+"""Studies: which cells there are, where their trials run, and the loop that drives them."""

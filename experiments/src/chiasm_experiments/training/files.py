@@ -1,0 +1,73 @@
+"""The files of a run: weights in safetensors, everything else in JSON, each written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_model, save_model
+
+from chiasm.config import Part
+from chiasm.errors import CheckpointError
+from chiasm.vlm import VLM
+
+RUN, MANIFEST, QUESTIONS, METRICS = "run.json", "manifest.json", "questions.parquet", "metrics.jsonl"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON so that a reader sees the old file or the new one, never half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file of a run.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{str(path)!r} cannot be read: {error}") from error
+
+
+def save_parts(vlm: VLM, folder: Path, parts: Iterable[Part]) -> None:
+    """Writes `PART.safetensors` for each part that has a state, and their list last: without it a folder is unfinished."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for part in parts:
+        module = vlm.part(part)
+        if not module.state_dict():
+            continue
+        temporary = folder / f".{part}.{os.getpid()}"
+        save_model(module, str(temporary))
+        os.replace(temporary, folder / f"{part}.safetensors")
+        written.append(part)
+    write_json(folder / "parts.json", written)
+
+
+def has_parts(folder: Path) -> bool:
+    """Whether a folder holds a finished checkpoint."""
+    return (folder / "parts.json").is_file()
+
+
+def load_parts(vlm: VLM, folder: Path) -> None:
+    """Reads the weights that `save_parts` wrote into a model of the same run.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or of another model.
+    """
+    for part in read_json(folder / "parts.json"):
+        file = folder / f"{part}.safetensors"
+        try:
+            load_model(vlm.part(part), str(file), strict=True)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise CheckpointError(f"{str(file)!r} does not fit the {part} of this run: {error}") from error
+        except Exception as error:  # safetensors raises its own type for a damaged file
+            raise CheckpointError(f"{str(file)!r} is damaged: {error}") from error

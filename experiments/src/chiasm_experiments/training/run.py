@@ -1,0 +1,242 @@
+"""The training function: every run, on one worker or many, from `chiasm train` or from a study, goes through here."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from chiasm.build import build_vlm
+from chiasm.config import Part, RunConfig, resolve
+from chiasm.errors import ConfigError
+from chiasm.prompt import PromptBuilder
+from chiasm.registry import registry
+from chiasm.vlm import VLM
+from chiasm_experiments.data.feed import FeatureMemo, Feed
+from chiasm_experiments.data.mixture import Mixture, load_mixture
+from chiasm_experiments.evaluation import evaluate, load_benchmarks, scores, write_rows
+from chiasm_experiments.training import environment
+from chiasm_experiments.training.cache import WarmParts
+from chiasm_experiments.training.files import (
+    MANIFEST,
+    METRICS,
+    QUESTIONS,
+    RUN,
+    has_parts,
+    load_parts,
+    read_json,
+    save_parts,
+    write_json,
+)
+from chiasm_experiments.training.precision import place
+from chiasm_experiments.training.stage import check_stage, train_stage
+from chiasm_experiments.training.workers import Workers
+
+Progress = Callable[[str, int, int, float], None]
+"""Told on the first worker: what is done (a stage's name or `evaluate`), the step, the steps in all, the loss."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One run to execute, as it travels to a worker.
+
+    Args:
+        run: a `RunConfig` as plain values, paths absolute.
+        folder: absolute; where the run's files go.
+        labels: what identifies the run in its study: `trial`, `cell`, `study`.
+        loader_workers: processes that decode and preprocess images ahead of the model; 0: none.
+        memo_bytes: memory for features of frozen encoders; used where `loader_workers` is 0.
+    """
+
+    run: dict[str, Any]
+    folder: str
+    labels: dict[str, Any]
+    loader_workers: int = 0
+    memo_bytes: int = 2**30
+
+
+def check_data(run: RunConfig) -> None:
+    """Looks at every data set and benchmark of a run, before anything is loaded.
+
+    Raises:
+        DataError: one is missing, empty or unreadable.
+    """
+    for stage in run.stages:
+        for dataset in load_mixture(stage.data).datasets:
+            dataset.check()
+    for benchmark in load_benchmarks(run.evaluate).values():
+        benchmark.check()
+
+
+def execute(job: Job, progress: Progress, warm: WarmParts | None = None) -> dict[str, Any]:
+    """Trains the stages of a run, evaluates it, and returns its manifest. Called on every worker.
+
+    What is finished is not done again: a complete run returns its manifest, a finished stage is read from its files.
+
+    Raises:
+        ConfigError: the folder holds another run.
+        ChiasmError: data or weights cannot be used.
+    """
+    workers = Workers.current()
+    run, folder = RunConfig.model_validate(job.run), Path(job.folder)
+    manifest = _earlier(run, folder)
+    if manifest is not None:
+        return manifest
+    if workers.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(workers.device)
+    started = time.perf_counter()
+    warm = warm or WarmParts(FeatureMemo(job.memo_bytes))
+    warm.retain(run)
+    vlm = build_vlm(run, partial(warm.load, run))
+    place(vlm, run, workers.device)
+    feed = make_feed(vlm, run, warm if job.loader_workers == 0 and "encoders" not in run.trained else None)
+    mixtures = [load_mixture(stage.data) for stage in run.stages]
+    for stage, mixture in zip(run.stages, mixtures, strict=True):
+        check_stage(stage, feed, mixture)
+    benchmarks = load_benchmarks(run.evaluate)
+    manifest = _begin(job, run, vlm, workers)
+    loaded = time.perf_counter()
+    stages = _train(vlm, run, mixtures, feed, workers, folder, progress, job.loader_workers)
+    trained = time.perf_counter()
+
+    if workers.first:
+        progress("evaluate", 0, 1, float("nan"))
+    rows = evaluate(vlm, run, feed, benchmarks, workers)
+    ended = time.perf_counter()
+    manifest |= {
+        "status": "complete",
+        "stages": stages,
+        "seconds": {
+            "load": loaded - started,
+            "train": sum(stage["seconds"] for stage in stages),
+            "evaluate": ended - trained,
+            "total": ended - started,
+        },
+        "peak_gpu_bytes": torch.cuda.max_memory_allocated(workers.device) if workers.device.type == "cuda" else None,
+        "scores": scores(rows),
+    }
+    if workers.first:
+        write_rows(folder / QUESTIONS, rows)
+        write_json(folder / MANIFEST, manifest)  # last: a folder with a complete manifest has everything
+        registry().plugins.hook.chiasm_run_ended(folder=folder, manifest=manifest)
+    workers.barrier()
+    return manifest
+
+
+def load_run_folder(folder: Path) -> tuple[RunConfig, VLM]:
+    """The configuration and the trained model of a finished run, on the CPU in float32.
+
+    Raises:
+        CheckpointError: the folder holds no finished run.
+    """
+    run = RunConfig.model_validate(read_json(folder / RUN))
+    vlm = build_vlm(run)
+    load_parts(vlm, folder / "stages" / run.stages[-1].name)
+    vlm.set_trained(())
+    return run, vlm.eval()
+
+
+def make_feed(vlm: VLM, run: RunConfig, warm: WarmParts | None = None) -> Feed:
+    """What turns samples into batches for a model, with a memo of frozen features where one is given."""
+    builder = PromptBuilder(vlm.llm, run.tokens, vlm.visual_tokens, run.system)
+    identities = [warm.identity(run, i) for i in range(len(run.vision.encoders))] if warm else []
+    return Feed(vlm, builder, run.vision.image.resize, warm.memo if warm else None, identities)
+
+
+def _earlier(run: RunConfig, folder: Path) -> dict[str, Any] | None:
+    """The manifest of this run if the folder holds it complete.
+
+    Raises:
+        ConfigError: the folder holds another run.
+    """
+    if not (folder / RUN).is_file():
+        return None
+    if read_json(folder / RUN) != run.model_dump(mode="json"):
+        raise ConfigError(f"{str(folder)!r} holds a run with other settings; choose another folder or empty this one")
+    if (folder / MANIFEST).is_file():
+        manifest: dict[str, Any] = read_json(folder / MANIFEST)
+        if manifest["status"] == "complete":
+            return manifest
+    return None
+
+
+def _begin(job: Job, run: RunConfig, vlm: VLM, workers: Workers) -> dict[str, Any]:
+    """The manifest as it stands before training."""
+    vlm.set_trained(run.trained)
+    counts = vlm.counts()
+    manifest: dict[str, Any] = {
+        **job.labels,
+        "seed": run.seed,
+        "status": "running",
+        "error": None,
+        "run": run.model_dump(mode="json"),
+        "workers": workers.size,
+        "visual_tokens": vlm.visual_tokens,
+        "parameters": {
+            "trained": sum(count.trained for count in counts),
+            "frozen": sum(count.frozen for count in counts),
+            "by_part": {count.part: {"trained": count.trained, "frozen": count.frozen} for count in counts},
+        },
+        "environment": environment.describe(),
+    }
+    if workers.first:
+        folder = Path(job.folder)
+        write_json(folder / RUN, run.model_dump(mode="json"))
+        write_json(folder / MANIFEST, manifest)
+        registry().plugins.hook.chiasm_run_started(folder=folder, manifest=manifest)
+    return manifest
+
+
+def _train(
+    vlm: VLM,
+    run: RunConfig,
+    mixtures: list[Mixture],
+    feed: Feed,
+    workers: Workers,
+    folder: Path,
+    progress: Progress,
+    loader_workers: int,
+) -> list[dict[str, Any]]:
+    """Trains or reads each stage; what each cost."""
+    results = []
+    with contextlib.ExitStack() as files:
+        if workers.first:
+            log = files.enter_context((folder / METRICS).open("a", encoding="utf-8", buffering=1))
+        for index, stage in enumerate(run.stages):
+            place_ = folder / "stages" / stage.name
+            if has_parts(place_):
+                load_parts(vlm, place_)
+                results.append(read_json(place_ / "result.json"))
+                continue
+
+            def on_step(step: int, steps: int, metrics: dict[str, float], name: str = stage.name) -> None:
+                log.write(json.dumps({"stage": name, "step": step, **metrics}) + "\n")
+                progress(name, step, steps, metrics["loss"])
+                registry().plugins.hook.chiasm_metrics(folder=folder, stage=name, step=step, metrics=metrics)
+
+            result = train_stage(vlm, run, index, mixtures[index], feed, workers, on_step, loader_workers)
+            results.append({"name": stage.name, "train": list(stage.train), **asdict(result)})
+            if workers.first:
+                write_json(place_ / "result.json", results[-1])
+                save_parts(vlm, place_, _parts_to_save(run, index))
+            workers.barrier()
+    return results
+
+
+def _parts_to_save(run: RunConfig, index: int) -> list[Part]:
+    """Every part whose weights stand nowhere else: trained so far, new, or random."""
+    parts: set[Part] = {"fusion", "adapter", "tokens"}
+    for stage in run.stages[: index + 1]:
+        parts |= set(stage.train)
+    if any(resolve("encoder", ref)[1].pretrained is None for ref in run.vision.encoders):
+        parts.add("encoders")
+    if resolve("llm", run.llm)[1].pretrained is None:
+        parts.add("llm")
+    return sorted(parts)

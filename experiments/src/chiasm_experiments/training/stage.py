@@ -1,0 +1,162 @@
+"""One stage of training."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from chiasm.config import RunConfig, StageConfig
+from chiasm.errors import ChiasmError
+from chiasm.vlm import VLM
+from chiasm_experiments.data.feed import Example, Feed
+from chiasm_experiments.data.mixture import Mixture
+from chiasm_experiments.data.order import Order
+from chiasm_experiments.training.optim import make_optimizer, make_schedule
+from chiasm_experiments.training.precision import autocast
+from chiasm_experiments.training.workers import Workers
+
+Metrics = dict[str, float]
+OnStep = Callable[[int, int, Metrics], None]
+"""Called on the first worker after each step with the step (from 1), the steps in all, and the metrics."""
+
+
+class DivergedError(ChiasmError):
+    """The loss is no longer a finite number."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageResult:
+    """What a stage cost and came to."""
+
+    steps: int
+    samples: int
+    supervised_tokens: int
+    cut_positions: int
+    """Positions of samples that the context's length cost."""
+    first_loss: float
+    last_loss: float
+    """Mean over the last tenth of the steps."""
+    seconds: float
+
+
+def train_stage(
+    vlm: VLM,
+    run: RunConfig,
+    index: int,
+    samples: Mixture,
+    feed: Feed,
+    workers: Workers,
+    on_step: OnStep,
+    loader_workers: int = 0,
+) -> StageResult:
+    """Trains the parts that a stage names, in place.
+
+    The loss of a step is the mean over its supervised tokens, whatever the micro-batch and the number of workers:
+    every micro-batch contributes its sum divided by the count of the whole step, and gradients are added.
+
+    Raises:
+        DivergedError: the loss is not finite.
+        DataError: a sample cannot be used; the message names it.
+    """
+    stage = run.stages[index]
+    order = Order(len(samples), stage.batch_size, run.seed, index)
+    steps = stage.steps or order.steps(stage.epochs)
+    vlm.set_trained(stage.train)
+    vlm.train()
+    optimizer = make_optimizer(vlm, stage)
+    schedule = make_schedule(optimizer, stage, steps)
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    # dropout draws from torch's global generator; the stage's draws depend on nothing that ran before
+    torch.manual_seed(run.seed * 1009 + index * 101 + workers.rank)
+
+    losses: list[float] = []
+    total_tokens = cut = 0
+    started = time.perf_counter()
+    for step, examples in enumerate(_steps(order, steps, samples, feed, workers, loader_workers)):
+        before = time.perf_counter()
+        tokens = int(workers.sum(sum(example.prompt.supervised for example in examples)))
+        cut += int(workers.sum(sum(example.prompt.cut for example in examples)))
+        loss_sum = 0.0
+        size = stage.micro_batch_size or max(1, len(examples))
+        for first in range(0, len(examples), size):
+            batch = feed.batch(examples[first : first + size], workers.device)
+            with autocast(run, workers.device):
+                loss, _ = vlm(batch)
+            (loss / tokens).backward()
+            loss_sum += float(loss.detach())
+        workers.sum_gradients(trained)
+        mean = workers.sum(loss_sum) / tokens
+        if not math.isfinite(mean):
+            raise DivergedError(
+                f"stage {stage.name!r}: the loss is {mean} at step {step + 1} of {steps}; lower lr ({stage.lr}), "
+                "lengthen the warm-up, or set clip_norm"
+            )
+        rate = optimizer.param_groups[0]["lr"]
+        norm = torch.nn.utils.clip_grad_norm_(trained, stage.clip_norm or math.inf)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+        losses.append(mean)
+        total_tokens += tokens
+        if workers.first:
+            elapsed = time.perf_counter() - before
+            metrics = {"loss": mean, "lr": rate, "gradient_norm": float(norm), "tokens_per_second": tokens / elapsed}
+            on_step(step + 1, steps, metrics)
+    tail = losses[-max(1, len(losses) // 10) :]
+    return StageResult(
+        steps=steps,
+        samples=steps * stage.batch_size,
+        supervised_tokens=total_tokens,
+        cut_positions=cut,
+        first_loss=losses[0],
+        last_loss=sum(tail) / len(tail),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def check_stage(stage: StageConfig, feed: Feed, samples: Mixture, probe: int = 4) -> None:
+    """Makes a few samples ready, so that data that cannot be used fails before any training.
+
+    Raises:
+        DataError: a sample cannot be used; the message names it.
+    """
+    last = len(samples) - 1
+    for index in sorted({round(i * last / max(1, probe - 1)) for i in range(probe)}):
+        feed.train(samples[index])
+
+
+def _steps(
+    order: Order, steps: int, samples: Mixture, feed: Feed, workers: Workers, loader_workers: int
+) -> Iterator[list[Example]]:
+    """This worker's examples of each step."""
+    share = [order.step(step)[workers.rank :: workers.size] for step in range(steps)]
+    if loader_workers == 0:
+        for indices in share:
+            yield [feed.train(samples[i]) for i in indices]
+        return
+    loader = torch.utils.data.DataLoader(
+        _Examples(samples, feed),
+        batch_sampler=share,
+        num_workers=loader_workers,
+        collate_fn=list,
+        prefetch_factor=4,
+    )
+    yield from loader
+
+
+class _Examples(torch.utils.data.Dataset[Example]):
+    """Samples made ready in the loader's processes."""
+
+    def __init__(self, samples: Mixture, feed: Feed) -> None:
+        self.samples = samples
+        self.feed = feed
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.feed.train(self.samples[index])

@@ -1,0 +1,65 @@
+"""The workers of a run as Ray Train gives them: how many, which one this is, and sums over all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Workers:
+    """This worker among all."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @classmethod
+    def current(cls) -> Workers:
+        """This process's place, from Ray Train's context; local mode is one worker."""
+        import ray.train
+        from ray.train.torch import get_device
+
+        context = ray.train.get_context()
+        return cls(context.get_world_rank(), context.get_world_size(), get_device())
+
+    @property
+    def first(self) -> bool:
+        """Whether this worker writes files and reports."""
+        return self.rank == 0
+
+    def sum(self, value: float) -> float:
+        """The sum of a number over all workers."""
+        if self.size == 1:
+            return value
+        # NCCL has no float64 reduction trouble, but takes no CPU tensor
+        total = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return float(total)
+
+    def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Adds the gradients of all workers in place, in one message; an absent gradient counts as zero.
+
+        Every worker sends every trained tensor, so workers whose batch has no image cannot leave others waiting.
+        """
+        if self.size == 1:
+            return
+        parameters = list(parameters)
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        pieces = flat.split([gradient.numel() for gradient in gradients])
+        for gradient, piece in zip(gradients, pieces, strict=True):
+            gradient.copy_(piece.view_as(gradient))
+
+    def barrier(self) -> None:
+        """Waits for all workers."""
+        if self.size > 1:
+            dist.barrier()
