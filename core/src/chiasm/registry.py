@@ -168,7 +168,8 @@ class Registry:
 
 def _import(target: str) -> type:
     module, _, attribute = target.partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    found: type = getattr(importlib.import_module(module), attribute)
+    return found
 
 
 def _owner(point: EntryPoint) -> str:

@@ -130,11 +130,10 @@ def problems_of(
     """
     found: dict[Location, list[str]] = {}
     for detail in error.errors():
-        written, node = [], data
+        written: list[str | int] = []
+        node = data
         for part in detail["loc"]:
-            if (isinstance(node, Mapping) and part in node) or (
-                isinstance(node, Sequence) and not isinstance(node, str) and isinstance(part, int) and part < len(node)
-            ):
+            if _holds(node, part):
                 node = node[part]
             elif detail["type"] != "missing" or part != detail["loc"][-1]:
                 continue  # a branch of a union or a wrapped single value: pydantic's, not the user's
@@ -144,6 +143,13 @@ def problems_of(
         if message not in messages:
             messages.append(message)
     return [Problem(location, "; or ".join(messages)) for location, messages in found.items()]
+
+
+def _holds(node: Any, part: str | int) -> bool:
+    """Whether a mapping or a list has such an entry."""
+    if isinstance(node, Mapping):
+        return part in node
+    return isinstance(node, list | tuple) and isinstance(part, int) and part < len(node)
 
 
 def _message(detail: Any, model: type[BaseModel] | None) -> str:

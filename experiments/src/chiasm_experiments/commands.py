@@ -79,7 +79,7 @@ def train(run_file: Path, out: Path, loader_workers: int, as_json: bool) -> None
     check_data(run)
     folder = out.absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    labels = {"trial": folder.name, "study": None, "cell": {}}
+    labels: dict[str, Any] = {"trial": folder.name, "study": None, "cell": {}}
     manifest = run_here(Job(run.model_dump(mode="json"), str(folder), labels, loader_workers), quiet=as_json)
     _print_scores(manifest, folder, as_json)
 

@@ -1,4 +1,4 @@
-"""What chiasm-experiments offers: two kinds of component, data sets and benchmarks, and the commands that run things."""
+"""What chiasm-experiments offers: two kinds, data sets and benchmarks, and the commands that run them."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def read_json(path: Path) -> Any:
 
 
 def save_parts(vlm: VLM, folder: Path, parts: Iterable[Part]) -> None:
-    """Writes `PART.safetensors` for each part that has a state, and their list last: without it a folder is unfinished."""
+    """Writes `PART.safetensors` for each part with a state, and their list last: without it a folder is unfinished."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for part in parts:

@@ -24,7 +24,7 @@ def make_optimizer(vlm: VLM, stage: StageConfig) -> Optimizer:
         for params, decay in ((decayed, stage.weight_decay), (plain, 0.0)):
             if params:
                 groups.append({"params": params, "lr": stage.rate(part), "weight_decay": decay, "part": part})
-    fused = all(p.is_cuda for group in groups for p in group["params"])
+    fused = vlm.tokens.vectors.is_cuda
     return AdamW(groups, betas=stage.betas, fused=fused)
 
 

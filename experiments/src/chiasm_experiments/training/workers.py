@@ -55,9 +55,10 @@ class Workers:
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         dist.all_reduce(flat)
-        pieces = flat.split([gradient.numel() for gradient in gradients])
-        for gradient, piece in zip(gradients, pieces, strict=True):
-            gradient.copy_(piece.view_as(gradient))
+        first = 0
+        for gradient in gradients:
+            gradient.copy_(flat[first : first + gradient.numel()].view_as(gradient))
+            first += gradient.numel()
 
     def barrier(self) -> None:
         """Waits for all workers."""
