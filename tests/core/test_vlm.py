@@ -1,0 +1,154 @@
+"""The model that composes the parts, on toy parts whose results are known in closed form."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from chiasm.batch import collate
+from chiasm.config import PARTS, TokensConfig
+from chiasm.features import Features
+from chiasm.prompt import IGNORE, Position, PromptBuilder
+from chiasm.sample import Sample, Turn
+from chiasm.vlm import VLM
+
+
+class FakeImage:
+    key = "fake"
+
+    def load(self):
+        raise AssertionError
+
+
+def prompts(vlm: VLM, *samples: Sample, ask: bool = False):
+    builder = PromptBuilder(vlm.llm, TokensConfig(), vlm.visual_tokens, "s")
+    return [builder.ask(sample, 4) if ask else builder.train(sample) for sample in samples]
+
+
+IMAGE = Sample("image", (Turn("q", "abc"),), (FakeImage(),))
+TWO = Sample("two", (Turn("<image>a<image>", "x"), Turn("more", "yz")), (FakeImage(), FakeImage()))
+TEXT = Sample("text", (Turn("hello", "you"),))
+
+
+def test_embeddings_are_put_in_order_row_by_row(make_vlm):
+    vlm = make_vlm(2)
+    pixels = [torch.randn(3, 3, 8, 8), torch.randn(3, 3, 8, 8)]
+    batch = collate(prompts(vlm, IMAGE, TEXT, TWO), pixels)
+    visual = vlm.see(pixels)
+    images = iter(visual)
+    wanted = torch.zeros(*batch.ids_BT.shape, 16)
+    for b in range(3):
+        rows = []
+        position = 0
+        while position < batch.ids_BT.shape[1]:
+            kind, token = int(batch.kinds_BT[b, position]), int(batch.ids_BT[b, position])
+            if kind == Position.VISUAL:
+                rows += list(next(images))
+                position += vlm.visual_tokens
+                continue
+            if kind == Position.TEXT:
+                rows.append(vlm.llm.embedding.weight[token])
+            elif kind == Position.LEARNED:
+                rows.append(vlm.tokens.vectors[token])
+            else:
+                rows.append(torch.zeros(16))
+            position += 1
+        wanted[b] = torch.stack(rows)
+    torch.testing.assert_close(vlm.embed(batch), wanted, rtol=0, atol=0)
+
+
+def test_the_loss_is_the_sum_over_supervised_tokens(make_vlm):
+    vlm = make_vlm()
+    batch = collate(prompts(vlm, IMAGE, TEXT), [torch.randn(1, 3, 8, 8)])
+    loss, count = vlm(batch)
+    logits = vlm.logits(batch).double()
+    wanted = F.cross_entropy(
+        logits[:, :-1].flatten(0, 1), batch.labels_BT[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum"
+    )
+    assert int(count) == len("abc") + 1 + len("you") + 1
+    torch.testing.assert_close(loss.double(), wanted, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("pad", ["left", "right"])
+def test_padding_and_neighbours_change_nothing(make_vlm, pad):
+    vlm = make_vlm()
+    pixels = torch.randn(3, 3, 8, 8)
+    together = collate(prompts(vlm, IMAGE, TEXT, TWO), [pixels], pad=pad)
+    logits = vlm.logits(together)
+    for b, (sample, images) in enumerate([(IMAGE, pixels[:1]), (TEXT, None), (TWO, pixels[1:])]):
+        alone = collate(prompts(vlm, sample), [] if images is None else [images])
+        torch.testing.assert_close(logits[b][together.mask_BT[b]], vlm.logits(alone)[0], rtol=0, atol=1e-5)
+
+
+def test_features_may_stand_for_pixels(make_vlm):
+    vlm = make_vlm(2)
+    pixels = [torch.randn(1, 3, 8, 8), torch.randn(1, 3, 8, 8)]
+    known = [vlm.encode(0, pixels[0]), pixels[1]]
+    (prompt,) = prompts(vlm, IMAGE)
+    torch.testing.assert_close(
+        vlm.logits(collate([prompt], known)), vlm.logits(collate([prompt], pixels)), rtol=0, atol=0
+    )
+
+
+@pytest.mark.parametrize("trained", [{"adapter", "tokens"}, {"llm"}, {"encoders", "adapter"}, set(PARTS)])
+def test_exactly_the_trained_parts_learn(make_vlm, trained):
+    vlm = make_vlm()
+    vlm.set_trained(trained)
+    vlm.train()
+    loss, _ = vlm(collate(prompts(vlm, IMAGE), [torch.randn(1, 3, 8, 8)]))
+    loss.backward()
+    for part in PARTS:
+        module = vlm.part(part)
+        assert module.training == (part in trained), part
+        gradients = [p.grad is not None and bool(p.grad.abs().sum() > 0) for p in module.parameters()]
+        assert all(gradients) if part in trained else not any(gradients), part
+    counts = {count.part: count for count in vlm.counts()}
+    assert counts["tokens"].trained == (64 if "tokens" in trained else 0)
+    assert counts["tokens"].trained + counts["tokens"].frozen == 64
+
+
+def test_a_text_only_batch_trains(make_vlm):
+    vlm = make_vlm()
+    vlm.set_trained(("tokens",))
+    loss, count = vlm(collate(prompts(vlm, TEXT)))
+    loss.backward()
+    assert int(count) == 4
+    assert vlm.tokens.vectors.grad is not None
+
+
+def test_wrong_numbers_of_images_and_encoders_are_told(make_vlm):
+    vlm = make_vlm()
+    (prompt,) = prompts(vlm, IMAGE)
+    with pytest.raises(ValueError, match="4 places for visual tokens and 2 images of 4 visual tokens"):
+        vlm.embed(collate([prompt], [torch.randn(2, 3, 8, 8)]))
+    with pytest.raises(ValueError, match="4 places for visual tokens and no image"):
+        vlm.embed(collate([prompt]))
+    with pytest.raises(ValueError, match="images for 2 encoders, the model has 1"):
+        vlm.embed(collate([prompt], [torch.randn(1, 3, 8, 8)] * 2))
+
+
+def test_parts_that_do_not_fit_are_refused(make_vlm):
+    one, two = make_vlm(1), make_vlm(2)
+    with pytest.raises(ValueError, match="the fusion was built for"):
+        VLM(one.encoders, two.fusion, two.adapter, one.llm)
+    with pytest.raises(ValueError, match="the adapter was built for"):
+        VLM(one.encoders, one.fusion, two.adapter, one.llm)
+
+
+def test_answers_in_a_batch_equal_answers_alone(make_vlm):
+    vlm = make_vlm()
+    pixels = torch.randn(1, 3, 8, 8)
+    ask = [Sample("a", (Turn("q"),), (FakeImage(),)), Sample("b", (Turn("a longer question"),))]
+    both = prompts(vlm, *ask, ask=True)
+    together = vlm.generate(collate(both, [pixels], pad="left"), max_new_tokens=5)
+    alone = [
+        vlm.generate(collate(both[:1], [pixels], pad="left"), max_new_tokens=5)[0],
+        vlm.generate(collate(both[1:], pad="left"), max_new_tokens=5)[0],
+    ]
+    assert together == alone
+
+
+def test_features_must_fit_their_grid():
+    with pytest.raises(ValueError, match=r"features of shape \(1, 1, 5, 3\) do not fit the grid \(2, 2\)"):
+        Features(torch.zeros(1, 1, 5, 3), (2, 2))
