@@ -1,6 +1,6 @@
 """How long the demo's sweep takes, without installing: at most 5 minutes on 2 cores.
 
-    python benchmarks/demo_time.py
+python benchmarks/demo_time.py
 """
 
 from __future__ import annotations

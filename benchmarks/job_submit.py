@@ -33,7 +33,9 @@ def run(command: list[str], env: dict[str, str]) -> str:
     print("$", " ".join(command), flush=True)
     result = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=1800)
     if result.returncode:
-        raise SystemExit(f"{command[:4]} exited with {result.returncode}:\n{result.stdout[-4000:]}{result.stderr[-4000:]}")
+        raise SystemExit(
+            f"{command[:4]} exited with {result.returncode}:\n{result.stdout[-4000:]}{result.stderr[-4000:]}"
+        )
     return result.stdout
 
 

@@ -45,7 +45,9 @@ def components(*names: str, kind: str = "encoder", target: str = "chiasm.encoder
 def test_names_match_exactly_and_errors_help(plugin):
     registry = Registry([plugin("a", chiasm_components=components("mlp", "mof_mlp"))])
     assert registry.get("encoder", "mlp").component.name == "mlp"
-    with pytest.raises(UnknownComponentError, match=r"no encoder named 'mof_ml'\. Did you mean 'mof_mlp'\? Installed: "):
+    with pytest.raises(
+        UnknownComponentError, match=r"no encoder named 'mof_ml'\. Did you mean 'mof_mlp'\? Installed: "
+    ):
         registry.get("encoder", "mof_ml")
     with pytest.raises(UnknownComponentError, match=r"no kind of component named 'encodr'\. Kinds: encoder, fusion"):
         registry.get("encodr", "mlp")
@@ -113,7 +115,9 @@ def test_loading_checks_the_target_and_its_interface(plugin):
     assert registry.load("encoder", "good").__name__ == "Encoder"
 
 
-@pytest.mark.parametrize(("name", "target"), [("CLIP", "a:B"), ("", "a:B"), ("x y", "a:B"), ("ok", "a.b"), ("ok", "a:b.c")])
+@pytest.mark.parametrize(
+    ("name", "target"), [("CLIP", "a:B"), ("", "a:B"), ("x y", "a:B"), ("ok", "a.b"), ("ok", "a:b.c")]
+)
 def test_malformed_records_are_refused(name, target):
     with pytest.raises(ValueError, match="wanted"):
         Component("encoder", name, target)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -13,6 +14,10 @@ from chiasm.errors import DataError
 from chiasm.sample import ImageFile, Sample, Turn
 from chiasm.settings import FilePath, Settings
 from chiasm_experiments.interfaces import Dataset
+
+
+DECODED = 500
+"""How many images a check decodes in full; the headers of all are read."""
 
 
 class LlavaConfig(Settings):
@@ -92,7 +97,7 @@ class LlavaDataset(Dataset):
         return Sample(name, turns, tuple(ImageFile(folder / path) for path in paths))
 
     def check(self) -> None:
-        """Reads every record, looks for every image file, and decodes the first and the last image."""
+        """Reads every record, opens every image file, and decodes up to `DECODED` of them, evenly spaced."""
         if not len(self):
             raise DataError(f"data file {str(self.config.file)!r} is empty: it holds no sample")
         paths: dict[Path, str] = {}
@@ -107,5 +112,24 @@ class LlavaDataset(Dataset):
                 f"image {str(path)!r} of sample {owner!r} does not exist ({len(missing)} of {len(paths)} are missing); "
                 "set `images` to their folder"
             )
-        for path in {next(iter(paths)), next(reversed(paths))} if paths else ():
-            ImageFile(path).load()
+        files = list(paths)
+        with ThreadPoolExecutor() as threads:
+            for path, error in zip(files, threads.map(_header_error, files), strict=True):
+                if error is not None:
+                    raise DataError(f"image {str(path)!r} of sample {paths[path]!r} cannot be decoded: {error}")
+        for path in files[:: max(1, len(files) // DECODED)]:
+            try:
+                ImageFile(path).load()
+            except DataError as error:
+                raise DataError(f"{error} (sample {paths[path]!r})") from error
+
+
+def _header_error(path: Path) -> str | None:
+    """What is wrong with an image file's header, read without decoding the pixels."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path):
+            return None
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        return str(error)
