@@ -110,7 +110,7 @@ def _resize(image: Image.Image, spec: ImageSpec, policy: str, fraction: float) -
         canvas.paste(image.resize(size, filter_), ((spec.width - size[0]) // 2, (spec.height - size[1]) // 2))
         return canvas
     # transformers' shortest-edge rule truncates the longer edge; the same here, or crops differ by a pixel
-    short = math.floor(min(spec.height, spec.width) / fraction)
+    short = math.floor(min(spec.height, spec.width) / fraction + 1e-6)  # 384 / (384 / 450) is just below 450
     size = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
     image = image.resize(size, filter_)
     left, top = (size[0] - spec.width) // 2, (size[1] - spec.height) // 2

@@ -1,0 +1,251 @@
+"""What all vision transformers of the transformers library share.
+
+Shape letters: B images, H and W pixels, T tokens with CLS and registers, N patch tokens, L layers, D width.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, ClassVar, Self
+
+import torch
+from pydantic import PositiveInt, model_validator
+from torch import Tensor, nn
+
+from chiasm.encoder import Encoder, EncoderConfig, EncoderSpec
+from chiasm.errors import CheckpointError
+from chiasm.features import Features, FeatureSpec
+from chiasm.image import ImageSpec
+from chiasm.settings import Settings
+from chiasm_encoders import plugin
+from chiasm_encoders._checkpoint import load_model, read_config, some
+from chiasm_encoders._layers import chosen_layers
+from chiasm_encoders._processor import image_spec
+
+
+class ViTShape(Settings):
+    """The geometry of a vision transformer with random weights; a family gives the defaults."""
+
+    image_size: PositiveInt
+    """Edge of the square image in pixels."""
+    patch_size: PositiveInt
+    """Edge of a patch in pixels."""
+    width: PositiveInt
+    depth: PositiveInt
+    """Blocks."""
+    heads: PositiveInt
+    mlp_width: PositiveInt
+    """Hidden width of each block's MLP."""
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        return self
+
+
+_TINY = {"image_size": 16, "patch_size": 4, "width": 32, "depth": 3, "heads": 2, "mlp_width": 64}
+
+
+class TransformersConfig(EncoderConfig):
+    """Published weights, or random ones of any geometry."""
+
+    shape: ViTShape | None = None
+    """Geometry of random weights; null for the family's default. A checkpoint states its own."""
+
+    @model_validator(mode="after")
+    def _one_geometry(self) -> Self:
+        if self.pretrained is not None and self.shape is not None:
+            raise ValueError(
+                "shape is for random weights, a checkpoint has its own: give pretrained or shape, not both"
+            )
+        return self
+
+
+class Tower(nn.Module):
+    """What an encoder keeps of a transformers model: nothing that the selected layers do not need.
+
+    Args:
+        stem: pixels `[B, 3, H, W]` to the first block's input `[B, T, D]`.
+        blocks: up to the last selected one.
+        norm: applied to each selected layer.
+    """
+
+    def __init__(self, stem: nn.Module, blocks: nn.ModuleList, norm: nn.Module) -> None:
+        super().__init__()
+        self.stem = stem
+        self.blocks = blocks
+        self.norm = norm
+
+    def flops(self, patches: int, tokens: int, width: int) -> int:
+        """Operations of one view: each matrix product of the patch embedding, of attention and of the MLPs."""
+        convolutions = sum(m.weight.numel() for m in self.stem.modules() if isinstance(m, nn.Conv2d))
+        linears = sum(m.weight.numel() for m in self.blocks.modules() if isinstance(m, nn.Linear))
+        attention = 2 * tokens**2 * width * len(self.blocks)  # queries by keys, weights by values
+        return 2 * (patches * convolutions + tokens * linears + attention)
+
+
+class TransformersEncoder(Encoder):
+    """A vision transformer of the transformers library.
+
+    A family sets `Config`, `Shape`, `models` and `published`, and overrides the methods in which it differs.
+    Selected layers equal transformers' `hidden_states`, less the prefix tokens; blocks behind the last selected one
+    are dropped. Images have the size that the checkpoint states.
+    """
+
+    Config: ClassVar[type[TransformersConfig]] = TransformersConfig
+    Shape: ClassVar[type[ViTShape]]
+    """Geometry of random weights, with the family's defaults."""
+    models: ClassVar[tuple[Any, ...]]
+    """The transformers classes that the family takes; the first is the one of random weights."""
+    published: ClassVar[ImageSpec]
+    """What the family's published processor does, for checkpoints without a processor file."""
+    block_arguments: ClassVar[tuple[None, ...]] = ()
+    """What a block wants after its input."""
+
+    config: TransformersConfig
+
+    def __init__(self, config: TransformersConfig) -> None:
+        super().__init__(config)
+        model_class, architecture = self._architecture(config)
+        self.layers = chosen_layers(config.layers, architecture.num_hidden_layers)
+        self.prefix = self.prefix_tokens(architecture)
+        if config.pretrained is None:
+            self.tower = self._tower(model_class(architecture), config)
+        else:
+            self.tower = self._load(model_class, architecture, config.pretrained)
+        self.eval()
+
+    @classmethod
+    def spec(cls, config: EncoderConfig) -> EncoderSpec:
+        assert isinstance(config, TransformersConfig)
+        model_class, architecture = cls._architecture(config)
+        depth: int = architecture.num_hidden_layers
+        width: int = architecture.hidden_size
+        layers = chosen_layers(config.layers, depth)
+        size, patch = _pair(architecture.image_size), _pair(architecture.patch_size)
+        # SigLIP so400m has 384 pixels and patches of 14: its own convolution leaves the rest of the border out
+        features = FeatureSpec(len(layers), (size[0] // patch[0], size[1] // patch[1]), width)
+        with torch.device("meta"):
+            tower = cls._tower(model_class(architecture), config)
+        return EncoderSpec(
+            image=image_spec(config.pretrained, size, cls.published),
+            features=features,
+            depth=depth,
+            parameters=sum(p.numel() for p in tower.parameters()),
+            flops=tower.flops(features.tokens, features.tokens + cls.prefix_tokens(architecture), width),
+        )
+
+    @classmethod
+    def build(cls, config: EncoderConfig) -> Self:
+        assert isinstance(config, TransformersConfig)
+        return cls(config)
+
+    @classmethod
+    def tiny(cls) -> Self:
+        return cls.build(cls.Config.model_validate({"shape": _TINY}))
+
+    def forward(self, pixels_B3HW: Tensor) -> Features:
+        spec = self.geometry
+        wanted = (3, spec.image.height, spec.image.width)
+        if pixels_B3HW.shape[1:] != wanted:
+            raise ValueError(f"pixels of shape {tuple(pixels_B3HW.shape)}; wanted [B, {', '.join(map(str, wanted))}]")
+        states_BND = {}
+        hidden_BTD = self.tower.stem(pixels_B3HW)
+        for index, block in enumerate(self.tower.blocks, start=1):
+            hidden_BTD = block(hidden_BTD, *self.block_arguments)
+            if index in self.layers:
+                states_BND[index] = self.tower.norm(hidden_BTD[:, self.prefix :])
+        return Features(torch.stack([states_BND[index] for index in self.layers], dim=1), spec.features.grid)
+
+    # where families differ
+
+    @classmethod
+    def architecture(cls, shape: ViTShape) -> dict[str, Any]:
+        """Fields of transformers' configuration for random weights; `model_type` where it is not the first."""
+        return {
+            "image_size": shape.image_size,
+            "patch_size": shape.patch_size,
+            "hidden_size": shape.width,
+            "num_hidden_layers": shape.depth,
+            "num_attention_heads": shape.heads,
+            "intermediate_size": shape.mlp_width,
+        }
+
+    @classmethod
+    def prefix_tokens(cls, architecture: Any) -> int:
+        """Tokens before the patches: CLS and registers."""
+        return 1
+
+    @classmethod
+    def stem(cls, model: Any) -> nn.Module:
+        """The part of a transformers model before its blocks."""
+        stem: nn.Module = model.embeddings
+        return stem
+
+    @classmethod
+    def norm(cls, model: Any, config: TransformersConfig) -> nn.Module:
+        """The part that a selected layer passes through."""
+        return nn.Identity()
+
+    # how a model is made
+
+    @classmethod
+    def _architecture(cls, config: TransformersConfig) -> tuple[Any, Any]:
+        """The transformers class and its configuration."""
+        if config.pretrained is None:
+            fields = cls.architecture(config.shape or cls.Shape.model_validate({}))
+            model_type = fields.get("model_type", cls.models[0].config_class.model_type)
+        else:
+            model_type, fields = read_config(config.pretrained)
+        model_class = cls._models().get(model_type)
+        if model_class is None:
+            raise CheckpointError(cls._refusal(str(config.pretrained), model_type))
+        try:
+            return model_class, model_class.config_class.from_dict(fields, attn_implementation="sdpa")
+        except Exception as error:  # transformers' validation has exceptions of its own
+            raise CheckpointError(f"config.json of {config.pretrained!r} is not understood: {error}") from error
+
+    @classmethod
+    def _models(cls) -> dict[str, Any]:
+        return {model.config_class.model_type: model for model in cls.models}
+
+    @classmethod
+    def _refusal(cls, source: str, model_type: str) -> str:
+        message = f"pretrained: {source!r} holds {model_type!r}; this encoder takes {', '.join(cls._models())}."
+        takers = [name for name, other in _families().items() if model_type in other._models()]
+        return message + (f" The encoder {takers[0]!r} takes it." if takers else " No encoder of chiasm-encoders does.")
+
+    @classmethod
+    def _tower(cls, model: Any, config: TransformersConfig) -> Tower:
+        # the one list of modules in a vision transformer is that of its blocks, whatever a release calls it
+        (blocks,) = (module for module in model.modules() if isinstance(module, nn.ModuleList))
+        last = max(chosen_layers(config.layers, len(blocks)))
+        return Tower(cls.stem(model), blocks[:last], cls.norm(model, config))
+
+    def _load(self, model_class: Any, architecture: Any, source: str) -> Tower:
+        model, missing = load_model(model_class, architecture, source)
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        tower = self._tower(model, self.config)
+        random = missing & {names[parameter] for parameter in tower.parameters()}
+        if random:
+            raise CheckpointError(f"pretrained: {source!r} lacks {some(random)}; its encoder would be random in part")
+        return tower
+
+
+def _families() -> dict[str, type[TransformersEncoder]]:
+    """The encoders of this distribution that are made here, by name; imported only to help with an error."""
+    classes = {}
+    for component in plugin.chiasm_components():
+        module, _, name = component.target.partition(":")
+        cls = getattr(importlib.import_module(module), name)
+        if issubclass(cls, TransformersEncoder):
+            classes[component.name] = cls
+    return classes
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    """Height and width of a size in either of transformers' forms."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])

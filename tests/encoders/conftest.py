@@ -1,0 +1,137 @@
+"""Tiny checkpoints of every family, written by transformers itself, and the reference models that they hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from transformers.utils import logging
+
+from chiasm_encoders._transformers import TransformersEncoder
+from chiasm_encoders.clip import ClipEncoder
+from chiasm_encoders.dinov2 import Dinov2Encoder
+from chiasm_encoders.internvit import InternVitEncoder
+from chiasm_encoders.siglip import SiglipEncoder
+
+VIT = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 16, "patch_size": 4}
+TEXT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 8}
+CHAT = tf.Qwen2Config(**TEXT, num_key_value_heads=1)
+TOWERS = {
+    "clip": tf.CLIPVisionConfig(**VIT, intermediate_size=64),
+    "siglip": tf.SiglipVisionConfig(**VIT, intermediate_size=64),
+    "dinov2": tf.Dinov2Config(**VIT, mlp_ratio=2),
+    "registers": tf.Dinov2WithRegistersConfig(**VIT, mlp_ratio=2, num_register_tokens=3),
+    "swiglu": tf.Dinov2Config(**VIT, use_swiglu_ffn=True),
+    "internvit": tf.InternVLVisionConfig(**VIT, intermediate_size=64, use_qk_norm=True, norm_type="rms_norm"),
+}
+TEXT_TOWER = {**TEXT, "max_position_embeddings": 8, "bos_token_id": 1, "eos_token_id": 2}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kind of checkpoint: who takes it, how transformers makes it, and where its tower is."""
+
+    encoder: type[TransformersEncoder]
+    make: Callable[[], Any]
+    prefix: int
+    tower: Callable[[Any], Any] = lambda model: model
+
+
+CASES = {
+    "clip": Case(ClipEncoder, lambda: tf.CLIPVisionModel(TOWERS["clip"]), 1),
+    "clip-whole": Case(
+        ClipEncoder,
+        lambda: tf.CLIPModel(
+            tf.CLIPConfig(vision_config=TOWERS["clip"].to_dict(), text_config=tf.CLIPTextConfig(**TEXT_TOWER).to_dict())
+        ),
+        1,
+        lambda model: model.vision_model,
+    ),
+    "clip-llava": Case(
+        ClipEncoder,
+        lambda: tf.LlavaForConditionalGeneration(tf.LlavaConfig(vision_config=TOWERS["clip"], text_config=CHAT)),
+        1,
+        lambda model: model.model.vision_tower,
+    ),
+    "siglip": Case(SiglipEncoder, lambda: tf.SiglipVisionModel(TOWERS["siglip"]), 0),
+    "siglip-whole": Case(
+        SiglipEncoder,
+        lambda: tf.SiglipModel(
+            tf.SiglipConfig(
+                vision_config=TOWERS["siglip"].to_dict(), text_config=tf.SiglipTextConfig(**TEXT_TOWER).to_dict()
+            )
+        ),
+        0,
+        lambda model: model.vision_model,
+    ),
+    "dinov2": Case(Dinov2Encoder, lambda: tf.Dinov2Model(TOWERS["dinov2"]), 1),
+    "dinov2-classifier": Case(
+        Dinov2Encoder, lambda: tf.Dinov2ForImageClassification(TOWERS["dinov2"]), 1, lambda model: model.dinov2
+    ),
+    "dinov2-registers": Case(Dinov2Encoder, lambda: tf.Dinov2WithRegistersModel(TOWERS["registers"]), 4),
+    "dinov2-swiglu": Case(Dinov2Encoder, lambda: tf.Dinov2Model(TOWERS["swiglu"]), 1),
+    "internvit": Case(InternVitEncoder, lambda: tf.InternVLVisionModel(TOWERS["internvit"]), 1),
+    "internvit-whole": Case(
+        InternVitEncoder,
+        lambda: tf.InternVLForConditionalGeneration(
+            tf.InternVLConfig(vision_config=TOWERS["internvit"], text_config=CHAT)
+        ),
+        1,
+        lambda model: model.model.vision_tower,
+    ),
+}
+FAMILIES = ["clip", "siglip", "dinov2", "dinov2-registers", "internvit"]
+"""One checkpoint of each architecture."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    case: Case
+    folder: Path
+    reference: Any
+    """The vision tower as transformers holds it."""
+
+    def build(self, **options: Any) -> TransformersEncoder:
+        return self.case.encoder.build(self.config(**options))
+
+    def config(self, **options: Any) -> Any:
+        return self.case.encoder.Config.model_validate({"pretrained": str(self.folder), **options})
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Checkpoint]:
+    """Gives the checkpoint of a case by its name, written once; not to be changed."""
+    made: dict[str, Checkpoint] = {}
+    logging.set_verbosity_error()
+
+    def get(name: str) -> Checkpoint:
+        if name not in made:
+            case = CASES[name]
+            torch.manual_seed(sorted(CASES).index(name))
+            model = case.make().eval()
+            with torch.no_grad():
+                for parameter in model.parameters():  # some start at 0 or 1, which would hide a lost one
+                    parameter.add_(torch.randn_like(parameter), alpha=0.1)
+            folder = tmp_path_factory.mktemp(name)
+            model.save_pretrained(folder)
+            made[name] = Checkpoint(case, folder, case.tower(model))
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest, checkpoints: Callable[[str], Checkpoint]) -> Checkpoint:
+    """A checkpoint of each architecture in turn."""
+    return checkpoints(request.param)
+
+
+@pytest.fixture(params=list(CASES))
+def checkpoint(request: pytest.FixtureRequest, checkpoints: Callable[[str], Checkpoint]) -> Checkpoint:
+    """A checkpoint of each kind in turn."""
+    return checkpoints(request.param)
