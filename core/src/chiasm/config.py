@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationError, field_validator, model_serializer, model_validator
+from pydantic import Field, PositiveFloat, ValidationError, field_validator, model_serializer, model_validator
 
 from chiasm.errors import ChiasmError
 from chiasm.image import Resize
@@ -85,7 +85,7 @@ class StageConfig(Settings):
     train: tuple[Part, ...] = Field(min_length=1)
     """The parts that learn; all others are frozen and in eval mode."""
     optimizer: Literal["adamw"] = "adamw"
-    lr: float | dict[Part, float]
+    lr: PositiveFloat | dict[Part, PositiveFloat]
     """Peak learning rate, or one for each trained part."""
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = Field(default=0.0, ge=0)
@@ -114,9 +114,6 @@ class StageConfig(Settings):
         rates = self.lr if isinstance(self.lr, dict) else dict.fromkeys(self.train, self.lr)
         if set(rates) != set(self.train):
             raise ValueError(f"lr: wanted one rate for each of {list(self.train)}, given {list(rates)}")
-        for part, rate in rates.items():
-            if not rate > 0:
-                raise ValueError(f"lr: wanted a rate above 0, given {rate} for {part}")
         return self
 
     def rate(self, part: Part) -> float:

@@ -14,6 +14,7 @@ from PIL.Image import Image
 from pydantic import field_validator
 from torch import Tensor, nn
 
+from chiasm.errors import ConfigError
 from chiasm.features import Features, FeatureSpec, Grid
 from chiasm.image import ImageSpec, Resize, to_pixels
 from chiasm.settings import Settings, Source
@@ -119,7 +120,7 @@ def select_layers(layers: Layers, depth: int) -> tuple[int, ...]:
     """The selected blocks as indices 1..depth, in the order asked.
 
     Raises:
-        ValueError: an index is out of range, or named twice.
+        ConfigError: an index is out of range, or named twice.
     """
     if layers == "all":
         return tuple(range(1, depth + 1))
@@ -127,11 +128,11 @@ def select_layers(layers: Layers, depth: int) -> tuple[int, ...]:
     chosen = tuple(index + depth + 1 if index < 0 else index for index in asked)
     for index, block in zip(asked, chosen, strict=True):
         if not 1 <= block <= depth:
-            raise ValueError(
+            raise ConfigError(
                 f"layer {index} does not exist: the encoder has {depth} blocks, 1..{depth} or -{depth}..-1"
             )
     if len(set(chosen)) < len(chosen):
-        raise ValueError(f"layers {list(asked)} name a block twice (the encoder has {depth} blocks)")
+        raise ConfigError(f"layers {list(asked)} name a block twice (the encoder has {depth} blocks)")
     return chosen
 
 

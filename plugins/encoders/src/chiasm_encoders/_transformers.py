@@ -12,14 +12,13 @@ import torch
 from pydantic import PositiveInt, model_validator
 from torch import Tensor, nn
 
-from chiasm.encoder import Encoder, EncoderConfig, EncoderSpec
+from chiasm.encoder import Encoder, EncoderConfig, EncoderSpec, select_layers
 from chiasm.errors import CheckpointError
 from chiasm.features import Features, FeatureSpec
 from chiasm.image import ImageSpec
 from chiasm.settings import Settings
 from chiasm_encoders import plugin
 from chiasm_encoders._checkpoint import load_model, read_config, some
-from chiasm_encoders._layers import chosen_layers
 from chiasm_encoders._processor import image_spec
 
 
@@ -110,7 +109,7 @@ class TransformersEncoder(Encoder):
     def __init__(self, config: TransformersConfig) -> None:
         super().__init__(config)
         model_class, architecture = self._architecture(config)
-        self.layers = chosen_layers(config.layers, architecture.num_hidden_layers)
+        self.layers = select_layers(config.layers, architecture.num_hidden_layers)
         self.prefix = self.prefix_tokens(architecture)
         if config.pretrained is None:
             self.tower = self._tower(model_class(architecture), config)
@@ -124,7 +123,7 @@ class TransformersEncoder(Encoder):
         model_class, architecture = cls._architecture(config)
         depth: int = architecture.num_hidden_layers
         width: int = architecture.hidden_size
-        layers = chosen_layers(config.layers, depth)
+        layers = select_layers(config.layers, depth)
         size, patch = _pair(architecture.image_size), _pair(architecture.patch_size)
         # SigLIP so400m has 384 pixels and patches of 14: its own convolution leaves the rest of the border out
         features = FeatureSpec(len(layers), (size[0] // patch[0], size[1] // patch[1]), width)
@@ -222,7 +221,7 @@ class TransformersEncoder(Encoder):
     def _tower(cls, model: Any, config: TransformersConfig) -> Tower:
         # the one list of modules in a vision transformer is that of its blocks, whatever a release calls it
         (blocks,) = (module for module in model.modules() if isinstance(module, nn.ModuleList))
-        last = max(chosen_layers(config.layers, len(blocks)))
+        last = max(select_layers(config.layers, len(blocks)))
         return Tower(cls.stem(model), blocks[:last], cls.norm(model, config))
 
     def _load(self, model_class: Any, architecture: Any, source: str) -> Tower:

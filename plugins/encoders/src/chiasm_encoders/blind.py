@@ -8,10 +8,9 @@ import torch
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor
 
-from chiasm.encoder import Encoder, EncoderConfig, EncoderSpec
+from chiasm.encoder import Encoder, EncoderConfig, EncoderSpec, select_layers
 from chiasm.features import Features, FeatureSpec, Grid
 from chiasm.image import ImageSpec
-from chiasm_encoders._layers import chosen_layers
 
 
 class BlindConfig(EncoderConfig):
@@ -49,7 +48,7 @@ class BlindEncoder(Encoder):
     def spec(cls, config: EncoderConfig) -> EncoderSpec:
         assert isinstance(config, BlindConfig)
         grid: Grid = config.grid
-        layers = len(chosen_layers(config.layers, config.depth))
+        layers = len(select_layers(config.layers, config.depth))
         return EncoderSpec(
             image=ImageSpec(height=grid[0], width=grid[1]),  # a pixel for each token: none of them is looked at
             features=FeatureSpec(layers, grid, config.width),
