@@ -1,0 +1,33 @@
+"""The fusions and adapters of this distribution. Light: nothing heavy is imported until one is used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from chiasm.plugin import Component, hookimpl
+
+
+@hookimpl
+def chiasm_components() -> Iterator[Component]:
+    """One record for each fusion and adapter."""
+    yield Component("fusion", "single", "chiasm_adapters.single:Single", "one encoder, nothing to merge")
+    yield Component(
+        "fusion",
+        "concat_channels",
+        "chiasm_adapters.concat_channels:ConcatChannels",
+        "all encoders side by side on channels",
+    )
+    yield Component(
+        "fusion",
+        "project_sum",
+        "chiasm_adapters.project_sum:ProjectSum",
+        "each layer projected, then summed (OmniFusion)",
+    )
+    yield Component("adapter", "linear", "chiasm_adapters.linear:Linear", "one matrix")
+    yield Component("adapter", "mlp", "chiasm_adapters.mlp:Mlp", "linear layers with GELU between (LLaVA-1.5)")
+    yield Component(
+        "adapter",
+        "transformer",
+        "chiasm_adapters.transformer:Transformer",
+        "self-attention layers, then a matrix (OmniFusion)",
+    )

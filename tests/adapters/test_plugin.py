@@ -1,0 +1,40 @@
+"""What the plugin announces, and that announcing it is light."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.metadata import EntryPoint
+
+import pytest
+
+from chiasm.registry import Registry
+
+NAMES = {"fusion": ["concat_channels", "project_sum", "single"], "adapter": ["linear", "mlp", "transformer"]}
+
+
+@pytest.fixture(scope="module")
+def registry():
+    return Registry([EntryPoint("adapters", "chiasm_adapters.plugin", "chiasm")])
+
+
+def test_the_listing_imports_nothing_heavy():
+    code = (
+        "import sys; from chiasm_adapters import plugin; list(plugin.chiasm_components());"
+        "print(sorted({'torch', 'pydantic', 'numpy', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_everything_announced_loads_and_every_option_is_described(registry, kind):
+    assert registry.broken == {}
+    assert registry.names(kind) == NAMES[kind]
+    for name in NAMES[kind]:
+        assert registry.get(kind, name).component.summary
+        cls = registry.load(kind, name)
+        cls.Config()  # every option has a default
+        undescribed = [key for key, field in cls.Config.model_fields.items() if not field.description]
+        assert undescribed == []
+        assert cls.Config.model_validate(cls.tiny().config.model_dump(mode="json")) == cls.tiny().config
