@@ -47,10 +47,10 @@ def test_features_equal_timms_feature_maps(photographs, pretrained):
     reference = timm.create_model("tf_efficientnet_lite0", pretrained=False, features_only=True, out_indices=(3, 4))
     missing = reference.load_state_dict(weights.imagenet_weights(), strict=False).missing_keys
     assert not missing
-    reference.eval()
+    reference.eval().to(memory_format=torch.channels_last)  # as the encoder computes
     pixels = pretrained.preprocess(list(photographs.values()), "squash")
     with torch.no_grad():
-        maps = dict(zip((16, 32), reference(pixels), strict=True))
+        maps = dict(zip((16, 32), reference(pixels.contiguous(memory_format=torch.channels_last)), strict=True))
         for stride, wanted in maps.items():
             built = encoder.EfficientNetLite0.build(encoder.EfficientNetConfig(stride=stride))
             found = built(pixels)

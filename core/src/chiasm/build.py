@@ -28,7 +28,8 @@ def seeded(stream: str) -> Iterator[None]:
     """
     digest = hashlib.sha256(stream.encode()).digest()
     with torch.random.fork_rng(devices=[]):  # weights are drawn on the CPU
-        torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        # not torch.manual_seed, which would reseed the GPUs as well
+        torch.default_generator.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         yield
 
 

@@ -17,11 +17,13 @@ class Kind:
         name: what users write, say `encoder`.
         interface: `package.module:Class` of the abstract base, imported on first use.
         summary: one line for `chiasm plugins`.
+        checks: `package.module:NAME` of the tuple of checks that `chiasm check` runs, imported on first use.
     """
 
     name: str
     interface: str
     summary: str = ""
+    checks: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,7 +53,7 @@ class EfficientNetLite0(Encoder):
 
     def __init__(self, config: EfficientNetConfig) -> None:
         super().__init__(config)
-        self.trunk = _trunk(config.stride)
+        self.trunk = _trunk(config.stride).to(memory_format=torch.channels_last)
 
     @classmethod
     def spec(cls, config: EfficientNetConfig) -> EncoderSpec:  # type: ignore[override]
@@ -86,7 +86,8 @@ class EfficientNetLite0(Encoder):
             return cls.build(EfficientNetConfig(pretrained=None, image_size=64))
 
     def forward(self, pixels_B3HW: Tensor) -> Features:
-        map_BDhw = self.trunk(pixels_B3HW)
+        # depthwise convolutions run nearly twice as fast on a CPU with channels last
+        map_BDhw = self.trunk(pixels_B3HW.contiguous(memory_format=torch.channels_last))
         tokens_BND = map_BDhw.flatten(2).transpose(1, 2)
         return Features(tokens_BND.unsqueeze(1), (map_BDhw.shape[2], map_BDhw.shape[3]))
 

@@ -1,0 +1,112 @@
+"""What the checks of all kinds share."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from chiasm.errors import ChiasmError
+from chiasm.settings import Settings
+from chiasm.testing.check import describe
+from chiasm.testing.errors import ContractError
+
+T = TypeVar("T")
+
+SLOW = 5.0
+"""Seconds that `tiny()` may take at most. Well under one is asked; a busy machine is allowed for."""
+
+
+def require(holds: bool, message: str) -> None:
+    """Raises ContractError with the message unless the condition holds."""
+    if not holds:
+        raise ContractError(message)
+
+
+@contextmanager
+def calling(what: str) -> Iterator[None]:
+    """Tells an exception of the component's own code as a broken promise: `what` raised it."""
+    try:
+        yield
+    except ContractError:
+        raise
+    except Exception as error:
+        raise ContractError(f"{what} raised {describe(error)}") from error
+
+
+def make_tiny(cls: type[T]) -> T:
+    """A tiny instance of a component class."""
+    with calling(f"{cls.__name__}.tiny()"):
+        made: T = cls.tiny()  # type: ignore[attr-defined]
+    require(isinstance(made, cls), f"tiny() returned a {type(made).__name__}, wanted a {cls.__name__}")
+    return made
+
+
+def check_quick(cls: type) -> None:
+    """Makes a tiny instance against the clock."""
+    start = time.perf_counter()
+    make_tiny(cls)
+    seconds = time.perf_counter() - start
+    require(seconds < SLOW, f"tiny() took {seconds:.1f} s, wanted well under one second: choose a smaller geometry")
+
+
+def check_config(cls: Any, base: type[Settings], config: Any) -> None:
+    """`Config` is a frozen model of the right base that refuses unknown fields, and survives JSON.
+
+    Args:
+        cls: the component class.
+        base: what its `Config` subclasses.
+        config: the configuration of a tiny instance.
+    """
+    require(
+        isinstance(cls.Config, type) and issubclass(cls.Config, base),
+        f"{cls.__name__}.Config is {cls.Config!r}, wanted a subclass of {base.__module__}.{base.__name__}",
+    )
+    require(
+        isinstance(config, cls.Config),
+        f"tiny().config is a {type(config).__name__}, wanted a {cls.Config.__name__}: pass it to super().__init__",
+    )
+    name, settings = cls.Config.__name__, cls.Config.model_config
+    require(settings.get("frozen") is True, f"{name} can be changed after it was made; wanted model_config frozen=True")
+    require(
+        settings.get("extra") == "forbid",
+        f"{name} takes unknown fields (extra={settings.get('extra')!r}), so a misspelt option would be ignored; "
+        "wanted model_config extra='forbid'",
+    )
+    for chosen_only in (False, True):  # a run's file holds what was chosen, a manifest holds all
+        with calling(f"{name}.model_dump_json()"):
+            text = config.model_dump_json(exclude_unset=chosen_only)
+        try:
+            back = cls.Config.model_validate_json(text)
+        except ValidationError as error:
+            raise ContractError(f"{name} does not read what it wrote, {text}: {error}") from error
+        require(back == config, f"{name} is {back!r} after a round trip through JSON, was {config!r}")
+
+
+def check_missing_checkpoint(cls: Any) -> None:
+    """A class with `Config.pretrained`, `spec` and `build` refuses a checkpoint that does not exist."""
+    with tempfile.TemporaryDirectory() as folder:
+        absent = str(Path(folder) / "no-such-checkpoint")
+        try:
+            config = cls.Config.model_validate({"pretrained": absent})
+            cls.spec(config)
+            cls.build(config)
+        except (ChiasmError, ValidationError) as error:
+            require("no-such-checkpoint" in str(error), f"the error for a missing checkpoint does not name it: {error}")
+            return
+        except Exception as error:
+            raise ContractError(f"a missing checkpoint raised {describe(error)}; wanted a CheckpointError") from error
+    raise ContractError(
+        "pretrained: a folder that does not exist is accepted, so a run would train on random weights; load it, or "
+        "refuse it in Config with `pretrained: None = None`"
+    )
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few of many names."""
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

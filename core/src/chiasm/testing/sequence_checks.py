@@ -1,0 +1,81 @@
+"""The checks that fusions and adapters share: both give one token sequence.
+
+Shape letters: B images, N tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from chiasm.features import SequenceSpec, TokenSequence
+from chiasm.testing.check import describe
+from chiasm.testing.common import calling, require
+from chiasm.testing.errors import ContractError
+
+
+def check_sequence(sequence: TokenSequence, declared: SequenceSpec, batch: int, after: str = "") -> None:
+    """What `forward` returned is what `spec` states."""
+    require(
+        isinstance(sequence, TokenSequence),
+        f"{after}forward returned a {type(sequence).__name__}, wanted a TokenSequence",
+    )
+    wanted, found = (batch, declared.tokens, declared.width), tuple(sequence.tokens.shape)
+    require(found == wanted, f"{after}forward returned {found}, declared (B, N, D) = {wanted}")
+    require(
+        sequence.grid == declared.grid, f"{after}forward returned the grid {sequence.grid}, declared {declared.grid}"
+    )
+    if declared.grid is not None:
+        places = declared.grid[0] * declared.grid[1]
+        require(places == declared.tokens, f"{after}the grid {declared.grid} does not hold {declared.tokens} tokens")
+    require(
+        sequence.tokens.dtype == torch.float32,
+        f"{after}forward of float32 tokens returned {sequence.tokens.dtype}, wanted torch.float32",
+    )
+    require(bool(sequence.tokens.isfinite().all()), f"{after}forward returned NaN or infinity")
+
+
+def check_meta(module: nn.Module, make: Callable[[], nn.Module]) -> None:
+    """A module made on the meta device has the same parameters, and none with data."""
+    with calling("making it under torch.device('meta')"), torch.device("meta"):
+        made = make()
+    real = [name for name, parameter in made.named_parameters() if not parameter.is_meta]
+    require(not real, f"made under torch.device('meta'), {real[0] if real else ''} holds data: name no device")
+    found, wanted = (sum(p.numel() for p in m.parameters()) for m in (made, module))
+    require(
+        found == wanted,
+        f"made again from tiny()'s configuration and geometry it holds {found} parameters, tiny() holds {wanted}",
+    )
+
+
+def check_refused(forward: Callable[[], object], wrong: str, what: str, declared: str) -> None:
+    """`forward` raises a ValueError that says something."""
+    try:
+        forward()
+    except ValueError as error:
+        require(bool(str(error)), f"forward refuses {what} with {wrong} without saying why")
+    except Exception as error:
+        raise ContractError(
+            f"forward of {what} with {wrong} raised {describe(error)}; wanted a ValueError with both geometries: "
+            f"compare them with {declared} first"
+        ) from error
+    else:
+        raise ContractError(
+            f"forward takes {what} with {wrong} than it was built for; wanted a ValueError, or images could be mixed: "
+            f"compare them with {declared} first"
+        )
+
+
+def check_input_gradient(run: Callable[..., Tensor], inputs: Sequence[Tensor], names: Sequence[str]) -> None:
+    """A gradient that is not zero reaches each input."""
+    leaves = [item.clone().requires_grad_() for item in inputs]
+    with calling("forward"):
+        output = run(*leaves)
+    require(output.requires_grad, f"no gradient reaches {names[0]}: does forward detach its input or run under no_grad?")
+    weight = torch.randn(output.shape)
+    gradients = torch.autograd.grad((output.float() * weight).sum(), leaves, allow_unused=True)
+    for name, gradient in zip(names, gradients, strict=True):
+        reached = gradient is not None and bool(gradient.isfinite().all()) and bool(gradient.any())
+        require(reached, f"no gradient reaches {name}: its features do not matter, or are detached")
