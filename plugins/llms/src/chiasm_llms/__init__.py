@@ -1,1 +1,1 @@
-"""Language models."""
+"""Language models for Chiasm: Mistral, and any Hugging Face causal language model."""

@@ -1,0 +1,355 @@
+"""Any causal language model of transformers: Llama, Qwen, Mistral, Phi, GPT-2 and their kin.
+
+Shape letters: B sequences, T positions, E width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from jinja2 import TemplateError
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from chiasm.errors import CheckpointError, ConfigError
+from chiasm.llm import LanguageModel, LanguageModelConfig, LanguageModelSpec, Message
+from chiasm_llms.byte_tokenizer import BYTE_VOCABULARY, byte_tokenizer
+from chiasm_llms.checkpoint import has_chat_template, load_tokenizer, load_weights, read_config
+from chiasm_llms.settings import CausalConfig, Shape
+
+_MARK = "\ue000"
+"""A private-use character: no template trims or escapes it."""
+
+
+class CausalLM(LanguageModel):
+    """A causal language model of transformers with its tokenizer.
+
+    Subclass it to offer one model with its own `Config`: override `spec` and `build`, and hand the parts to the
+    constructor. A tokenizer of the SentencePiece kind, such as Mistral's, starts every piece of text with a space; a
+    piece is tokenised as that tokenizer does it.
+
+    Args:
+        config: an instance of `Config`.
+        model: in eval mode. Its generation settings are replaced: decoding is greedy.
+        tokenizer: names an end-of-sequence token.
+
+    Raises:
+        CheckpointError: the tokenizer has ids that the model has no embedding for.
+    """
+
+    Config: ClassVar[type[LanguageModelConfig]] = CausalConfig
+
+    def __init__(self, config: LanguageModelConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__(config)
+        self.model = model
+        self.tokenizer = tokenizer
+        # a checkpoint's temperature, penalties and lengths would leak into generate()
+        self.model.generation_config = GenerationConfig()
+        _check_ids(tokenizer, self.geometry.vocabulary)
+        self._specials = frozenset(tokenizer.all_special_ids) | {
+            index for index, token in tokenizer.added_tokens_decoder.items() if token.special
+        }
+        self._bos_id = _added_bos(tokenizer)
+        self._eos_id: int = tokenizer.eos_token_id
+        self._stop_ids = {self._eos_id} | self._turn_ends()
+        self.eval()
+
+    # making
+
+    @classmethod
+    def spec(cls, config: LanguageModelConfig) -> LanguageModelSpec:
+        assert isinstance(config, CausalConfig)
+        if config.pretrained is None:
+            tokenizer = config.random_tokenizer
+            template = tokenizer == "bytes" or has_chat_template(str(tokenizer))
+            return _geometry(cls.random_config(config.architecture, _vocabulary(config)), template)
+        return _geometry(cls.read_config(config.pretrained), has_chat_template(config.tokenizer or config.pretrained))
+
+    @classmethod
+    def build(cls, config: LanguageModelConfig) -> Self:
+        assert isinstance(config, CausalConfig)
+        if config.pretrained is None:
+            shape = cls.random_config(config.architecture, _vocabulary(config))
+            return cls(config, random_weights(shape), _random_tokenizer(config))
+        hf_config = cls.read_config(config.pretrained)
+        tokenizer = load_tokenizer(config.tokenizer or config.pretrained)
+        llm = cls(config, load_weights(config.pretrained, hf_config), tokenizer)
+        llm.check_head()
+        return llm
+
+    @classmethod
+    def tiny(cls) -> Self:
+        shape = {"vocabulary": None, "width": 32, "depth": 2, "heads": 4, "kv_heads": 2, "mlp_width": 64}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return cls.build(cls.Config.model_validate({"shape": {**shape, "context_length": 512}}))
+
+    @classmethod
+    def read_config(cls, source: str) -> PreTrainedConfig:
+        """The configuration of a checkpoint; a subclass refuses those that it does not take.
+
+        Raises:
+            CheckpointError: it is missing, or of another architecture.
+        """
+        return read_config(source)
+
+    @classmethod
+    def random_config(cls, shape: Shape, vocabulary: int) -> PreTrainedConfig:
+        """The architecture of random weights: Llama's."""
+        return LlamaConfig(**shape_arguments(shape, vocabulary))
+
+    def check_head(self) -> None:
+        """Checks that logits are the output head's, on the hidden states, and nothing more.
+
+        Raises:
+            CheckpointError: the architecture scales or caps them afterwards (Gemma 2, Cohere, Granite).
+        """
+        rows = self.geometry.vocabulary
+        ids_BT = torch.tensor([[rows // 3, rows // 2]], device=self.model.device)
+        with torch.no_grad():
+            given_BTV = self.logits(self(self.embed(ids_BT)))
+            wanted_BTV = self.model(input_ids=ids_BT, use_cache=False).logits
+        scale = max(1.0, wanted_BTV.abs().max().item())
+        if (given_BTV - wanted_BTV).abs().max().item() > 1e-5 * scale:
+            raise CheckpointError(
+                f"{type(self.model).__name__} is not supported: it post-processes the logits of its output head "
+                "(scales or caps them), and chiasm applies the head to single hidden states; choose a model without"
+            )
+
+    # text
+
+    def tokenize(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        return ids
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        text = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
+
+    @property
+    def bos_id(self) -> int | None:
+        """The id that the tokenizer itself puts before a text; None where it only names one (Qwen, SmolLM2)."""
+        return self._bos_id
+
+    @property
+    def eos_id(self) -> int:
+        return self._eos_id
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        return self._specials
+
+    def render_chat(self, messages: Sequence[Message], *, generate: bool) -> str:
+        if not self.geometry.chat_template:
+            return super().render_chat(messages, generate=generate)
+        try:
+            text = self.tokenizer.apply_chat_template(
+                [dict(message) for message in messages], tokenize=False, add_generation_prompt=generate
+            )
+        except TemplateError as error:
+            roles = [message["role"] for message in messages]
+            raise ValueError(f"the chat template refuses messages of roles {roles}: {error}") from error
+        assert isinstance(text, str)
+        return text
+
+    # tensors
+
+    def embed(self, ids: Tensor) -> Tensor:
+        embeds: Tensor = self.model.get_input_embeddings()(ids)
+        return embeds
+
+    def forward(self, embeds_BTE: Tensor, mask_BT: Tensor | None = None, positions_BT: Tensor | None = None) -> Tensor:
+        if positions_BT is None and mask_BT is not None and not _padded_on_the_right(mask_BT):
+            positions_BT = (mask_BT.long().cumsum(-1) - 1).clamp(min=0)
+        elif positions_BT is None:
+            # causal attention never looks at padding behind it, and without a mask the faster kernels apply
+            mask_BT = None
+        elif mask_BT is None:
+            # without a mask transformers takes positions that start again for packed documents
+            mask_BT = torch.ones(embeds_BTE.shape[:2], dtype=torch.bool, device=embeds_BTE.device)
+        output = self.model.get_decoder()(
+            inputs_embeds=embeds_BTE,
+            attention_mask=None if mask_BT is None else mask_BT.long(),
+            position_ids=positions_BT,
+            use_cache=False,
+        )
+        hidden_BTE: Tensor = output.last_hidden_state
+        return hidden_BTE
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self.model.get_output_embeddings()(hidden)
+        return logits
+
+    @torch.no_grad()
+    def generate(self, embeds_BTE: Tensor, mask_BT: Tensor, *, max_new_tokens: int) -> list[list[int]]:
+        """Greedy decoding with a key-value cache; a chat model's end of turn stops it as EOS does.
+
+        Raises:
+            ValueError: `max_new_tokens` is below 1.
+        """
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens: wanted at least 1, given {max_new_tokens}")
+        if not embeds_BTE.shape[0]:
+            return []
+        settings = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=sorted(self._stop_ids),
+            pad_token_id=self._eos_id,  # what stands behind a finished row's end is cut off below
+            use_cache=True,
+        )
+        with _in_eval(self.model):
+            ids_BT = self.model.generate(
+                inputs_embeds=embeds_BTE, attention_mask=mask_BT.long(), generation_config=settings
+            )
+        # for a prompt of embeddings transformers has no ids to repeat
+        assert isinstance(ids_BT, Tensor)
+        assert ids_BT.shape[1] <= max_new_tokens, f"{ids_BT.shape[1]} ids for {max_new_tokens} new tokens"
+        rows: list[list[int]] = ids_BT.tolist()
+        ends = [next((k for k, i in enumerate(row) if i in self._stop_ids), len(row)) for row in rows]
+        return [row[:end] for row, end in zip(rows, ends, strict=True)]
+
+    def _turn_ends(self) -> set[int]:
+        """The first special token that the chat template writes after an answer; empty where there is none."""
+        if not self.geometry.chat_template:
+            return set()
+        messages = [Message(role="user", content="?"), Message(role="assistant", content=_MARK)]
+        try:
+            after = self.tokenize(self.render_chat(messages, generate=False).rpartition(_MARK)[2])
+        except ValueError:  # a template that wants other messages; whoever renders those is told
+            return set()
+        return set([index for index in after if index in self._specials][:1])
+
+
+def shape_arguments(shape: Shape, vocabulary: int) -> dict[str, Any]:
+    """A shape in the words of transformers' configurations of the Llama family."""
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": shape.width,
+        "intermediate_size": shape.mlp_width,
+        "num_hidden_layers": shape.depth,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "max_position_embeddings": shape.context_length,
+        "rms_norm_eps": 1e-5,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+
+
+def random_weights(config: PreTrainedConfig) -> PreTrainedModel:
+    """A model with random weights from torch's global generator, in float32 and in eval mode."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
+    )
+    return model.eval()
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    width: int
+    vocabulary: int
+    parameters: int
+
+
+_measured: dict[str, _Measured] = {}
+
+
+def _measure(config: PreTrainedConfig) -> _Measured:
+    """Sizes of the model that a configuration makes, counted on the meta device."""
+    name = config.model_type
+    try:
+        with torch.device("meta"):
+            model = random_weights(config)
+    except Exception as error:  # an architecture's own reasons, of any type
+        raise CheckpointError(f"transformers cannot make a causal language model of {name!r}: {error}") from error
+    wanted = {"inputs_embeds", "attention_mask", "position_ids", "use_cache"}
+    lacking = wanted - set(inspect.signature(model.get_decoder().forward).parameters)
+    head = model.get_output_embeddings()
+    if lacking or head is None:
+        what = f"takes no {', '.join(sorted(lacking))}" if lacking else "has no output head"
+        raise CheckpointError(f"{type(model).__name__} ({name!r}) is not supported: it {what}")
+    return _Measured(
+        width=model.get_input_embeddings().weight.shape[1],
+        vocabulary=head.weight.shape[0],
+        parameters=sum(p.numel() for p in model.parameters()),
+    )
+
+
+def _geometry(config: PreTrainedConfig, chat_template: bool) -> LanguageModelSpec:
+    text = config.get_text_config(decoder=True)
+    context = getattr(text, "max_position_embeddings", None)
+    if context is None:
+        raise CheckpointError(f"{config.model_type!r} is not supported: its configuration states no context length")
+    # a study plans one language model in hundreds of combinations
+    key = config.to_json_string(use_diff=False)
+    if key not in _measured:
+        _measured[key] = _measure(config)
+    measured = _measured[key]
+    return LanguageModelSpec(
+        width=measured.width,
+        vocabulary=measured.vocabulary,
+        context_length=context,
+        depth=text.num_hidden_layers,
+        parameters=measured.parameters,
+        chat_template=chat_template,
+    )
+
+
+def _random_tokenizer(config: CausalConfig) -> PreTrainedTokenizerBase:
+    source = config.random_tokenizer
+    assert source is not None
+    return byte_tokenizer() if source == "bytes" else load_tokenizer(source)
+
+
+def _vocabulary(config: CausalConfig) -> int:
+    """Rows of the embedding of random weights."""
+    asked, source = config.architecture.vocabulary, config.random_tokenizer
+    needed = BYTE_VOCABULARY if source == "bytes" else len(load_tokenizer(str(source)))
+    if asked is not None and asked < needed:
+        raise ConfigError(f"shape.vocabulary is {asked}, the tokenizer {source!r} needs {needed}; leave it out")
+    return asked or needed
+
+
+def _check_ids(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
+    # a padding token that was added to a tokenizer alone is never used here
+    largest = max(index for index in tokenizer.get_vocab().values() if index != tokenizer.pad_token_id)
+    if largest >= vocabulary:
+        raise CheckpointError(
+            f"the tokenizer {tokenizer.name_or_path!r} has ids up to {largest}, the model has {vocabulary} embeddings; "
+            "name the tokenizer that it was trained with"
+        )
+
+
+def _added_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    bos = tokenizer.bos_token_id
+    return bos if bos is not None and tokenizer("a").input_ids[:1] == [bos] else None
+
+
+def _padded_on_the_right(mask_BT: Tensor) -> bool:
+    return not bool((mask_BT[:, 1:] > mask_BT[:, :-1]).any())
+
+
+@contextmanager
+def _in_eval(model: PreTrainedModel) -> Iterator[None]:
+    """Puts each module into eval mode, and back into the mode that it had."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
