@@ -53,7 +53,7 @@ def test_a_run_loads_with_its_defaults_and_round_trips(write):
         ("name: mlp", "name: mlp, dept: 2", 3, "vision.adapter.dept", "unknown field. Did you mean 'depth'?"),
         ("name: mlp", "name: mlp, depth: two", 3, "vision.adapter.depth", "given 'two'"),
         ("lr: 1e-3", "lr: fast", 9, "stages.0.lr", "given 'fast'"),
-        ("lr: 1e-3", "lr: -1", 9, "stages.0", "above 0, given -1"),
+        ("lr: 1e-3", "lr: -1", 9, "stages.0.lr", "wanted greater than 0, given -1"),
         ("lr: 1e-3", "lr: {adapter: 1}", 6, "stages.0", "one rate for each of ['adapter', 'tokens']"),
         ("batch_size: 4", "batch_size: 0", 10, "stages.0.batch_size", "greater than 0"),
         ("batch_size: 4", "batchsize: 4", 10, "stages.0.batchsize", "Did you mean 'batch_size'?"),
