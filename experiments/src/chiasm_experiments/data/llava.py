@@ -15,7 +15,6 @@ from chiasm.sample import ImageFile, Sample, Turn
 from chiasm.settings import FilePath, Settings
 from chiasm_experiments.interfaces import Dataset
 
-
 DECODED = 500
 """How many images a check decodes in full; the headers of all are read."""
 

@@ -110,7 +110,7 @@ class TrainerActor:
         from ray.train.torch import TorchConfig, TorchTrainer
 
         per_worker = {"CPU": resources.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
-        scaling = ScalingConfig(resources.workers, use_gpu=bool(gpus), resources_per_worker=per_worker)
+        scaling = ScalingConfig(num_workers=resources.workers, use_gpu=bool(gpus), resources_per_worker=per_worker)
         # whole GPUs speak NCCL; workers on the CPU or that share a device must not
         backend = TorchConfig(backend="nccl" if gpus >= 1 else "gloo")
         failure = FailureConfig(max_failures=resources.retries, controller_failure_limit=1)
@@ -177,6 +177,9 @@ class Pool:
             trial, actor = self.running.pop(reference)
             try:
                 manifest, error = ray.get(reference)
+            except ray.exceptions.RayTaskError as error:  # raised by our own code around the trial
+                self.idle.append(actor)
+                yield Outcome(trial, error=str(error))
             except ray.exceptions.RayError as lost:
                 ray.kill(actor)
                 yield Outcome(trial, error=f"its worker died: {lost}", lost=True)

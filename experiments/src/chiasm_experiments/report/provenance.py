@@ -1,0 +1,62 @@
+"""Where the numbers come from: versions, revision, command and time, as the manifests tell them."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from chiasm_experiments.report import format as fmt
+from chiasm_experiments.report.layout import Column, Row, Table
+from chiasm_experiments.report.study import Study, Trial
+
+MAX_VALUES = 5
+_CODE = ("git", "revision", "version", "package", "plugin")
+
+
+def provenance_table(study: Study) -> Table:
+    """One row for each fact; where trials differ, every value with the number of its trials."""
+    rows = [Row(("study", study.name)), Row(("design", study.design))]
+    rows += [Row((f"factor {path}", ", ".join(labels))) for path, labels in study.factors.items()]
+    rows.append(Row(("seeds", ", ".join(map(str, study.seeds)) or fmt.MISSING)))
+    for phase in ("train", "evaluate", "total"):
+        spent = [trial.seconds[phase] for trial in study.complete if phase in trial.seconds]
+        if spent:
+            rows.append(Row((f"time, {phase}", f"{fmt.duration(sum(spent))} over {fmt.number(len(spent), 'trial')}")))
+    rows += [Row((name, value)) for name, value in _environment(study.complete)]
+    return Table("Provenance", (Column("what"), Column("value")), tuple(rows))
+
+
+def mixed_code(study: Study) -> tuple[str, ...]:
+    """The versions and revisions in which complete trials differ: a rival explanation of any difference."""
+    facts = _facts(study.complete)
+    return tuple(name for name in facts if len(set(facts[name])) > 1 and any(word in name.lower() for word in _CODE))
+
+
+def _environment(trials: Sequence[Trial]) -> Iterator[tuple[str, str]]:
+    for name, values in _facts(trials).items():
+        counts = Counter(values)
+        if len(counts) == 1:
+            yield name, values[0]
+        else:
+            shown = [f"{value} ({fmt.number(count, 'trial')})" for value, count in counts.most_common(MAX_VALUES)]
+            more = len(counts) - len(shown)
+            yield name, "; ".join(shown) + (f"; {more} more" if more else "")
+
+
+def _facts(trials: Sequence[Trial]) -> dict[str, list[str]]:
+    """For each fact the value in each trial; `not recorded` where some trials lack it."""
+    flat = [dict(_flatten(trial.environment)) for trial in trials]
+    names = dict.fromkeys(name for facts in flat for name in facts)
+    return {name: [facts.get(name, "not recorded") for facts in flat] for name in names}
+
+
+def _flatten(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, item in value.items():
+        if isinstance(item, Mapping):
+            yield from _flatten(item, f"{prefix}{key}.")
+        elif isinstance(item, list) and all(isinstance(part, str) for part in item):
+            yield f"{prefix}{key}", " ".join(item)
+        else:
+            yield f"{prefix}{key}", item if isinstance(item, str) else json.dumps(item)

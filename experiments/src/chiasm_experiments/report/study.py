@@ -1,0 +1,202 @@
+"""Reads what a study folder says about itself: the plan in `study.json` and the manifest of each trial."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from chiasm.errors import DataError
+
+Cell = Mapping[str, str]
+Status = Literal["complete", "failed", "unfinished"]
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """The image-blind arm: the level `label` of the factor `path`."""
+
+    path: str
+    label: str
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One trial as its manifest tells it; None stands for what the manifest does not say.
+
+    Args:
+        folder: where the trial's files are.
+        seconds: wall clock by phase (`train`, `evaluate`, `total`).
+        environment: versions, git revision, command and the like, as written.
+    """
+
+    id: str
+    folder: Path
+    cell: Cell
+    seed: int
+    status: Status
+    error: str | None = None
+    visual_tokens: int | None = None
+    trained: int | None = None
+    frozen: int | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    environment: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def questions(self) -> Path:
+        return self.folder / "questions.parquet"
+
+
+@dataclass(frozen=True)
+class Study:
+    """A plan and the trials found so far, in order of their ids.
+
+    Args:
+        factors: each path with its labels in the order of the plan.
+        planned: how many trials the plan has: `planned` of study.json, else the grid's size; None if unknown.
+    """
+
+    folder: Path
+    name: str
+    question: str
+    factors: Mapping[str, tuple[str, ...]]
+    seeds: tuple[int, ...]
+    design: str
+    control: Control | None
+    planned: int | None
+    trials: tuple[Trial, ...]
+
+    @cached_property
+    def complete(self) -> tuple[Trial, ...]:
+        return tuple(trial for trial in self.trials if trial.status == "complete")
+
+    @cached_property
+    def varied(self) -> tuple[str, ...]:
+        """The factors with more than one level in the plan; all of them where none has."""
+        return tuple(path for path, labels in self.factors.items() if len(labels) > 1) or tuple(self.factors)
+
+    @cached_property
+    def short(self) -> Mapping[str, str]:
+        """For each factor its last path component, or the whole path where that is ambiguous."""
+        last = [path.rpartition(".")[2] for path in self.factors]
+        return {path: end if last.count(end) == 1 else path for path, end in zip(self.factors, last, strict=True)}
+
+    def label(self, cell: Cell, without: str | None = None) -> str:
+        """A readable name of a cell, say `encoders=clip, fusion=single`; `without` leaves one factor out."""
+        parts = [f"{self.short[path]}={cell[path]}" for path in self.varied if path != without]
+        return ", ".join(parts) or "the only cell"
+
+    def is_control(self, cell: Cell) -> bool:
+        return self.control is not None and cell[self.control.path] == self.control.label
+
+
+def load_study(folder: Path) -> Study:
+    """Reads the plan and all manifests; no question is read.
+
+    Raises:
+        DataError: `study.json` is missing or malformed, or two complete trials share a cell and a seed.
+    """
+    plan = _read_object(folder / "study.json")
+    levels = dict(plan.get("factors") or {})
+    factors = {str(path): [_text(label) for label in labels] for path, labels in levels.items()}
+    found = sorted(path for path in (folder / "trials").glob("*") if path.is_dir())
+    trials = tuple(_read_trial(path, factors) for path in found)
+    for trial in trials:
+        # A level that the plan does not list is still a level: later plans may have dropped it.
+        for path, label in trial.cell.items():
+            if label not in factors[path]:
+                factors[path].append(label)
+    _require_unique(trials)
+    control = plan.get("control")
+    if control is not None and (
+        control.get("path") not in factors or _text(control.get("label")) not in factors[control["path"]]
+    ):
+        raise DataError(f"{folder / 'study.json'}: the control {control} is not a level of a factor of the study")
+    seeds = tuple(int(seed) for seed in plan.get("seeds") or ())
+    design = str(plan.get("design", "grid"))
+    return Study(
+        folder=folder,
+        name=str(plan.get("name") or folder.name),
+        question=str(plan.get("question") or ""),
+        factors={path: tuple(labels) for path, labels in factors.items()},
+        seeds=seeds,
+        design=design,
+        control=None if control is None else Control(control["path"], _text(control["label"])),
+        planned=_planned(plan, design, seeds),
+        trials=trials,
+    )
+
+
+def _planned(plan: Mapping[str, Any], design: str, seeds: tuple[int, ...]) -> int | None:
+    if isinstance(plan.get("planned"), int):
+        return int(plan["planned"])
+    if design != "grid" or not seeds:
+        return None
+    size = len(seeds)
+    for labels in dict(plan.get("factors") or {}).values():
+        size *= len(labels)
+    return size
+
+
+def _read_trial(folder: Path, factors: dict[str, list[str]]) -> Trial:
+    """A trial; `failed` with the reason where its files cannot be used, so that one defect never hides the rest."""
+    path = folder / "manifest.json"
+    if not path.is_file():
+        return Trial(folder.name, folder, {}, -1, "unfinished")
+    try:
+        return _parse_trial(folder, _read_object(path), factors)
+    except (DataError, KeyError, TypeError, ValueError, AttributeError) as error:
+        return Trial(folder.name, folder, {}, -1, "failed", f"manifest.json cannot be used: {error!r}")
+
+
+def _parse_trial(folder: Path, manifest: Mapping[str, Any], factors: Mapping[str, list[str]]) -> Trial:
+    cell = {str(key): _text(label) for key, label in manifest["cell"].items()}
+    status, error = manifest["status"], manifest.get("error")
+    if set(cell) != set(factors):
+        status, error, cell = "failed", f"its cell names the factors {sorted(cell)}, the study {sorted(factors)}", {}
+    elif status == "complete" and not (folder / "questions.parquet").is_file():
+        status, error = "failed", "questions.parquet is missing"
+    parameters = manifest.get("parameters") or {}
+    return Trial(
+        id=str(manifest.get("trial") or folder.name),
+        folder=folder,
+        cell={path: cell[path] for path in factors if path in cell},
+        seed=int(manifest["seed"]),
+        status="complete" if status == "complete" else "failed",
+        error=None if error is None else str(error),
+        visual_tokens=manifest.get("visual_tokens"),
+        trained=parameters.get("trained"),
+        frozen=parameters.get("frozen"),
+        seconds={str(key): float(value) for key, value in (manifest.get("seconds") or {}).items() if value is not None},
+        environment=dict(manifest.get("environment") or {}),
+    )
+
+
+def _require_unique(trials: tuple[Trial, ...]) -> None:
+    owner: dict[tuple[tuple[tuple[str, str], ...], int], str] = {}
+    for trial in trials:
+        if trial.status == "complete":
+            name = trial.folder.name
+            first = owner.setdefault((tuple(trial.cell.items()), trial.seed), name)
+            if first != name:
+                raise DataError(
+                    f"trials {first} and {name} are both complete for the same cell and seed {trial.seed}; "
+                    "remove the folder of one of them"
+                )
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DataError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{path} holds {type(value).__name__}, expected an object")
+    return value
+
+
+def _text(label: object) -> str:
+    return label if isinstance(label, str) else json.dumps(label, sort_keys=True)
