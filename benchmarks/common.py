@@ -18,7 +18,7 @@ PACKAGES = ("chiasm", "torch", "transformers", "timm", "ray", "optuna")
 def write_result(
     name: str, *, figures: dict[str, Any], asked: str, met: bool, ratio: float | None = None, machine: str | None = None
 ) -> None:
-    """Writes benchmarks/results/NAME.json: the command, versions, machine, figures, what was asked, and if it was met."""
+    """Writes benchmarks/results/NAME.json: command, versions, machine, figures, what was asked, and if it was met."""
     result = {
         "command": shlex.join(["python", *(str(relative(word)) for word in sys.argv)]),
         "versions": {"python": platform.python_version()} | {p: v for p in PACKAGES if (v := _version(p))},

@@ -1,4 +1,4 @@
-"""`ray job submit --working-dir . -- python experiments/sweep.py STUDY` against a local cluster, with token authentication.
+"""`ray job submit --working-dir . -- python experiments/sweep.py STUDY` against a local cluster with a token.
 
 Starts a head node, submits the study as a shell would, waits for it, and checks that every trial is complete and the
 report is written. The measured figure is the wall time of the submitted job beside that of `chiasm sweep` run directly.

@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from chiasm_adapters.mlp import Mlp
-from chiasm_adapters.single import Single
-from chiasm_encoders.clip import ClipEncoder
-from chiasm_llms.mistral import MistralLM
 from tokenizers import Tokenizer, models
 
 from chiasm.batch import Batch
 from chiasm.prompt import IGNORE, Position
 from chiasm.vlm import VLM
+from chiasm_adapters.mlp import Mlp
+from chiasm_adapters.single import Single
+from chiasm_encoders.clip import ClipEncoder
+from chiasm_llms.mistral import MistralLM
 
 IMAGE_ID, VOCABULARY, TOKENS, EOS = 95, 96, 9, 2
 

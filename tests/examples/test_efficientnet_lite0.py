@@ -20,9 +20,7 @@ encoder = pytest.importorskip("chiasm_efficientnet_lite0.encoder")
 @pytest.fixture(scope="module")
 def photographs() -> dict[str, Image.Image]:
     found = load_sample_images()
-    return {
-        Path(name).stem: Image.fromarray(image) for name, image in zip(found.filenames, found.images, strict=True)
-    }
+    return {Path(name).stem: Image.fromarray(image) for name, image in zip(found.filenames, found.images, strict=True)}
 
 
 @pytest.fixture(scope="module")

@@ -177,9 +177,9 @@ class Pool:
             trial, actor = self.running.pop(reference)
             try:
                 manifest, error = ray.get(reference)
-            except ray.exceptions.RayTaskError as error:  # raised by our own code around the trial
+            except ray.exceptions.RayTaskError as own:  # raised by our own code around the trial
                 self.idle.append(actor)
-                yield Outcome(trial, error=str(error))
+                yield Outcome(trial, error=str(own))
             except ray.exceptions.RayError as lost:
                 ray.kill(actor)
                 yield Outcome(trial, error=f"its worker died: {lost}", lost=True)
