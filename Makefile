@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := core plugins experiments tests examples benchmarks
-PACKAGES := core plugins/encoders plugins/adapters plugins/llms experiments examples/chiasm-efficientnet-lite0 examples/chiasm-smollm2
+PACKAGES := core plugins/encoders plugins/adapters plugins/llms experiments $(wildcard examples/*)
 STAMP := $(VENV)/.installed
 
 .PHONY: install demo test lint bench clean

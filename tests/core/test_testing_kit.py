@@ -35,6 +35,7 @@ from chiasm.testing import (
     FusionContract,
     LanguageModelContract,
     checks_of,
+    common,
     plugin_checks,
     run_check,
     run_checks,
@@ -229,6 +230,24 @@ class HiddenState(GoodEncoder):
 
     def forward(self, pixels_B3HW):
         return Features(super().forward(pixels_B3HW).tokens + self.extra, GRID)
+
+
+class Unmovable(GoodEncoder):
+    """A matrix that is no parameter does not follow a change of format."""
+
+    def __init__(self, config) -> None:
+        super().__init__(config)
+        self.matrix = torch.eye(WIDTH)
+
+    def hidden(self, pixels_B3HW):
+        return super().hidden(pixels_B3HW) @ self.matrix
+
+
+class Overflows(GoodEncoder):
+    """Subtracts numbers that bfloat16 cannot tell apart."""
+
+    def tokens(self, pixels_B3HW):
+        return super().tokens(pixels_B3HW) + 4096 - 4096
 
 
 class SeedsItself(GoodEncoder):
@@ -736,7 +755,12 @@ GOOD = [
 
 FAULTS = [
     ("encoder", KeepsCls, "features", r"forward returned \(1, 1, 17, 12\), declared \(B, L, N, D\) = \(1, 1, 16, 12\)"),
-    ("encoder", KeepsClsOnTheGrid, "features", r"do not fit the grid \(4, 4\).*patch tokens only"),
+    (
+        "encoder",
+        KeepsClsOnTheGrid,
+        "features",
+        r"do not fit the grid \(4, 4\).*patch tokens only \(at .*test_testing_kit\.py:\d+, in forward\)",
+    ),
     ("encoder", DropsTheWrongToken, "places", "1 places late, behind a prefix token"),
     ("encoder", Transposes, "places", "column by column, wanted row by row"),
     ("encoder", MixesTheBatch, "batch_independence", "image 0 of a batch of 3 differs from the same image alone"),
@@ -751,6 +775,13 @@ FAULTS = [
     ("encoder", HiddenParameter, "frozen", "some tensor is no registered parameter"),
     ("encoder", HiddenParameter, "state", "neither a parameter nor a persistent buffer"),
     ("encoder", HiddenState, "state", "neither a parameter nor a persistent buffer"),
+    (
+        "encoder",
+        Unmovable,
+        "bfloat16",
+        r"forward of torch.bfloat16 pixels .* raised RuntimeError: .*test_testing_kit\.py:\d+, in hidden",
+    ),
+    ("encoder", Overflows, "bfloat16", "is off by .* of the float32 output's norm, allowed 0.1"),
     ("encoder", SeedsItself, "seeded", "from different seeds hold the same .*do not seed within build"),
     ("encoder", ReseedsEverybody, "seeded", "building seeds torch's global generator"),
     ("encoder", OwnGenerator, "seeded", "two builds from the same seed differ in cls_D"),
@@ -881,6 +912,12 @@ def test_an_interrupt_is_no_failed_check():
 
     with pytest.raises(KeyboardInterrupt):
         run_check(interrupted, GoodAdapter)
+
+
+def test_a_slow_tiny_is_told(monkeypatch):
+    monkeypatch.setattr(common, "SLOW", 0.0)
+    result = run_check(checks_of("adapter")[[c.__name__ for c in checks_of("adapter")].index("tiny")], GoodAdapter)
+    assert "tiny() took over 0 s, wanted well under one second" in result.message
 
 
 def test_a_class_without_tiny_says_so():

@@ -555,7 +555,7 @@ def test_hostile_labels_are_text(tmp_path: Path) -> None:
     assert evil in "".join(page.text)
     markdown = report.markdown.read_text()
     assert "<" not in markdown
-    assert r"a\|b \`c\` \*d\* \_e\_ \$x^\$ \[l\](http:\//x.y)" in markdown
+    assert r"a\|b \`c\` \*d\* \_e\_ \$x^\$ [l\](http:\//x.y)" in markdown
     assert "\n# so" not in markdown
     widths = [len(re.findall(r"(?<!\\)\|", line)) for line in markdown.splitlines() if line.startswith("|")]
     expected = [len(table.columns) + 1 for table in report.tables for _ in range(2 + len(table.rows))]

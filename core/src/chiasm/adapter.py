@@ -50,4 +50,8 @@ class Adapter(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, sequence: TokenSequence) -> TokenSequence:
-        """`[B, N, D]` to `[B, M, E]` as `spec` states it."""
+        """`[B, N, D]` to `[B, M, E]` as `spec` states it.
+
+        Raises:
+            ValueError: the sequence is not of the geometry that this adapter was built for.
+        """

@@ -51,4 +51,8 @@ class Fusion(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, features: Sequence[Features]) -> TokenSequence:
-        """One `[B, L_k, N_k, D_k]` for each encoder k to one `[B, N, D]` as `spec` states it."""
+        """One `[B, L_k, N_k, D_k]` for each encoder k to one `[B, N, D]` as `spec` states it.
+
+        Raises:
+            ValueError: the features are not of the geometry that this fusion was built for.
+        """

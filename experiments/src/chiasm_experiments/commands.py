@@ -106,7 +106,7 @@ def sweep(study: Path, out: Path | None, fresh: bool, as_json: bool) -> None:
         values = {"folder": str(ended.folder), "report": str(report.html), "complete": ended.complete}
         click.echo(json.dumps(values | {"failed": ended.failed}))
     else:
-        click.echo(report.markdown.read_text(encoding="utf-8").split("\n## ")[0].rstrip())
+        click.echo(report.markdown.read_text(encoding="utf-8").partition("\n## Effects")[0].rstrip())
         click.echo(f"\nreport: {report.html}")
     if ended.failed:
         raise SystemExit(1)

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 @hookimpl
 def chiasm_kinds() -> Iterator[Kind]:
     """What is trained on and what is asked."""
-    yield Kind("dataset", "chiasm_experiments.interfaces:Dataset", "samples to train on")
-    yield Kind("benchmark", "chiasm_experiments.interfaces:Benchmark", "questions to be scored by")
+    home, checks = "chiasm_experiments.interfaces", "chiasm_experiments.testing"
+    yield Kind("dataset", f"{home}:Dataset", "samples to train on", f"{checks}:DATASET_CHECKS")
+    yield Kind("benchmark", f"{home}:Benchmark", "questions to be scored by", f"{checks}:BENCHMARK_CHECKS")
 
 
 @hookimpl

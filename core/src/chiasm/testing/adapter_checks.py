@@ -27,7 +27,8 @@ class _AdapterProbe(Probe):
     def rebuild(self, module: Any, seed: int) -> nn.Module:
         torch.default_generator.manual_seed(seed)
         with calling(f"{type(module).__name__}(config, sequence, llm_width)"):
-            return type(module)(module.config, module.sequence, module.llm_width)  # type: ignore[no-any-return]
+            made: nn.Module = type(module)(module.config, module.sequence, module.llm_width)
+        return made
 
     def inputs(self, module: Any, batch: int) -> Inputs:
         return (torch.randn(batch, module.sequence.tokens, module.sequence.width),)

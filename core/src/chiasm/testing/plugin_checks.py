@@ -55,5 +55,5 @@ def _heavy(module: str) -> tuple[list[str], str]:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         return [], done.stderr.strip().rpartition("\n")[2]
-    found: list[str] = json.loads(done.stdout.rpartition("\n")[0].rpartition("\n")[2] or done.stdout)
+    found: list[str] = json.loads(done.stdout.strip().rpartition("\n")[2])  # the module may print of its own
     return found, ""

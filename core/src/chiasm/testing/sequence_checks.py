@@ -55,15 +55,15 @@ def check_refused(forward: Callable[[], object], wrong: str, what: str, declared
     try:
         forward()
     except ValueError as error:
-        require(bool(str(error)), f"forward refuses {what} with {wrong} without saying why")
+        require(bool(str(error)), f"forward refuses {what} of another geometry ({wrong}) without saying why")
     except Exception as error:
         raise ContractError(
-            f"forward of {what} with {wrong} raised {describe(error)}; wanted a ValueError with both geometries: "
+            f"forward of {what} of another geometry ({wrong}) raised {describe(error)}; wanted a ValueError with both: "
             f"compare them with {declared} first"
         ) from error
     else:
         raise ContractError(
-            f"forward takes {what} with {wrong} than it was built for; wanted a ValueError, or images could be mixed: "
+            f"forward takes {what} of another geometry ({wrong}); wanted a ValueError, or images could be mixed: "
             f"compare them with {declared} first"
         )
 
@@ -73,7 +73,9 @@ def check_input_gradient(run: Callable[..., Tensor], inputs: Sequence[Tensor], n
     leaves = [item.clone().requires_grad_() for item in inputs]
     with calling("forward"):
         output = run(*leaves)
-    require(output.requires_grad, f"no gradient reaches {names[0]}: does forward detach its input or run under no_grad?")
+    require(
+        output.requires_grad, f"no gradient reaches {names[0]}: does forward detach its input or run under no_grad?"
+    )
     weight = torch.randn(output.shape)
     gradients = torch.autograd.grad((output.float() * weight).sum(), leaves, allow_unused=True)
     for name, gradient in zip(names, gradients, strict=True):

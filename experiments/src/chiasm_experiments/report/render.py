@@ -86,7 +86,9 @@ def _escape(text: str) -> str:
     """
     text = " ".join(text.split())
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    text = re.sub(r"([\\`*|\[\]~$])", r"\\\1", text)
+    text = re.sub(r"([\\`*|~$])", r"\\\1", text)
+    # Only brackets that could make a link or a footnote, so that an interval stays readable in the source.
+    text = re.sub(r"\](?=[(\[:])|\[(?=\^)", r"\\\g<0>", text)
     text = re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", text)
     # Addresses would become links by themselves.
     return re.sub(r"(?i)\b(https?|ftp)://", r"\1:\\//", text.replace("www.", "www\\."))

@@ -86,13 +86,16 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
         CheckpointError: there is none, it is empty, or it names no end-of-sequence token.
     """
     remedy = "name one with `tokenizer: FOLDER OR HUB ID`"
+    folder = Path(source)
+    if folder.is_absolute() and not any("token" in path.name or "vocab" in path.name for path in _listed(folder)):
+        raise CheckpointError(f"{_name(source)} holds no tokenizer (such as tokenizer.json); {remedy}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:
         raise CheckpointError(f"{_explain(source, 'tokenizer', error)}; {remedy}") from error
     # for a folder without tokenizer files transformers may make one that knows its special tokens alone
     if len(tokenizer.get_vocab()) <= len(tokenizer.all_special_ids):
-        raise CheckpointError(f"{_name(source)} holds no tokenizer (such as tokenizer.json); {remedy}")
+        raise CheckpointError(f"{_name(source)} holds no vocabulary (such as tokenizer.json); {remedy}")
     if tokenizer.eos_token_id is None:
         raise CheckpointError(
             f"the tokenizer of {source!r} names no end-of-sequence token, so no answer could end; {remedy}"
@@ -132,13 +135,17 @@ def _check_folder(source: str, file: str) -> None:
     folder = Path(source)
     if not folder.is_absolute():
         return
-    if not folder.is_dir():
-        raise CheckpointError(f"{_name(source)} does not exist")
-    if not (folder / file).is_file():
-        held = sorted(path.name for path in folder.iterdir())
+    held = [path.name for path in _listed(folder)]
+    if file not in held:
         raise CheckpointError(
             f"{_name(source)} holds no {file}, so it is no checkpoint of transformers; it holds {_some(held)}"
         )
+
+
+def _listed(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise CheckpointError(f"{_name(str(folder))} does not exist")
+    return sorted(folder.iterdir())
 
 
 def _name(source: str) -> str:
