@@ -1,0 +1,1 @@
+"""SmolLM2 as a Chiasm language model."""

@@ -1,0 +1,62 @@
+"""SmolLM2-135M-Instruct (Allal et al., arXiv 2502.02737): a Llama of 30 blocks with tied embeddings."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal, Self
+
+import torch
+from pydantic import model_validator
+
+from chiasm.llm import LanguageModelConfig, LanguageModelSpec
+from chiasm_llms.causal import CausalLM, random_weights
+from chiasm_llms.checkpoint import load_tokenizer, load_weights, read_config
+from chiasm_llms.settings import CausalConfig, Shape
+from chiasm_smollm2.conversion import converted
+
+GEOMETRY = LanguageModelSpec(
+    width=576, vocabulary=49152, context_length=8192, depth=30, parameters=134_515_008, chat_template=True
+)
+
+
+class SmolLM2Config(LanguageModelConfig):
+    """Which weights."""
+
+    pretrained: Literal["instruct"] | None = "instruct"
+    """`instruct`, or null for random weights: the same architecture and tokenizer as a control."""
+    shape: Shape | None = None
+    """A smaller model with random weights and one token for each byte, to try things out; null: SmolLM2's own."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if self.pretrained is not None and self.shape is not None:
+            raise ValueError("shape is for random weights; set pretrained to null, or leave shape out")
+        return self
+
+
+class SmolLM2(CausalLM):
+    """SmolLM2-135M-Instruct with its tokenizer and chat template; it starts no text with a BOS."""
+
+    Config: ClassVar[type[LanguageModelConfig]] = SmolLM2Config
+
+    @classmethod
+    def spec(cls, config: LanguageModelConfig) -> LanguageModelSpec:
+        """Known facts: nothing is read."""
+        assert isinstance(config, SmolLM2Config)
+        return GEOMETRY if config.shape is None else CausalLM.spec(CausalConfig(shape=config.shape))
+
+    @classmethod
+    def build(cls, config: LanguageModelConfig) -> Self:
+        assert isinstance(config, SmolLM2Config)
+        if config.shape is not None:
+            plain = CausalLM.build(CausalConfig(shape=config.shape))
+            return cls(config, plain.model, plain.tokenizer)
+        folder = str(converted())
+        weights = random_weights(read_config(folder)) if config.pretrained is None else load_weights(folder)
+        return cls(config, weights, load_tokenizer(folder))
+
+    @classmethod
+    def tiny(cls) -> Self:
+        shape = Shape(width=32, depth=2, heads=4, kv_heads=2, mlp_width=64, context_length=512)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return cls.build(SmolLM2Config(pretrained=None, shape=shape))
