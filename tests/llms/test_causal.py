@@ -23,7 +23,7 @@ def reference(folder: str) -> Any:
 # discovery
 
 
-def test_listed_without_heavy_imports() -> None:
+def test_components_by_name() -> None:
     assert registry().load("llm", "causal") is CausalLM
     assert registry().load("llm", "mistral") is MistralLM
 
