@@ -16,12 +16,29 @@ PACKAGES = ("chiasm", "torch", "transformers", "timm", "ray", "optuna")
 
 
 def write_result(
-    name: str, *, figures: dict[str, Any], asked: str, met: bool, ratio: float | None = None, machine: str | None = None
+    name: str,
+    *,
+    figures: dict[str, Any],
+    asked: str,
+    met: bool,
+    ratio: float | None = None,
+    machine: str | None = None,
+    versions: dict[str, str] | None = None,
 ) -> None:
-    """Writes benchmarks/results/NAME.json: command, versions, machine, figures, what was asked, and if it was met."""
+    """Writes benchmarks/results/NAME.json: command, versions, machine, figures, what was asked, and if it was met.
+
+    Args:
+        name: of the file.
+        figures: ours and the peer's.
+        asked: the bar, in words.
+        met: whether the figures meet it.
+        ratio: ours to the peer's.
+        machine: where it was measured; None: here.
+        versions: with which it was measured; None: those installed here.
+    """
     result = {
         "command": shlex.join(["python", *(str(relative(word)) for word in sys.argv)]),
-        "versions": {"python": platform.python_version()} | {p: v for p in PACKAGES if (v := _version(p))},
+        "versions": versions or {"python": platform.python_version()} | {p: v for p in PACKAGES if (v := _version(p))},
         "machine": machine or _machine(),
         "figures": figures,
         "ratio": ratio,
@@ -34,9 +51,11 @@ def write_result(
 
 
 def relative(word: str) -> str | Path:
-    """A path below the repository as it is written from its root."""
+    """A path below the repository as it is written from its root, the name alone of any other."""
     path = Path(word)
-    return path.resolve().relative_to(ROOT) if path.exists() and path.resolve().is_relative_to(ROOT) else word
+    if not path.exists():
+        return word
+    return path.resolve().relative_to(ROOT) if path.resolve().is_relative_to(ROOT) else path.name
 
 
 def _machine() -> str:

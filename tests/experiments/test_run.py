@@ -209,6 +209,7 @@ def test_a_study_runs_through_ray_resumes_and_reports(tmp_path):
         manifest = json.loads((folder / "trials" / trial.user_attrs["trial"] / "manifest.json").read_text())
         assert trial.value == pytest.approx(manifest["scores"]["world"])
         assert manifest["cell"] == {"vision.adapter": trial.params["vision.adapter"]}
+        assert manifest["environment"]["command"][1:] == ["sweep", "study.yaml", "--json"]
 
     again = cli("sweep", "study.yaml", "--json", cwd=tmp_path, **environment)
     assert again.returncode == 0, again.stderr

@@ -18,11 +18,15 @@ from chiasm.registry import registry
 PACKAGES = ("torch", "transformers", "timm", "ray", "optuna", "numpy", "pillow", "scikit-learn")
 
 
+def command() -> list[str]:
+    """The command of this process."""
+    return [Path(sys.argv[0]).name, *sys.argv[1:]]
+
+
 def describe() -> dict[str, Any]:
-    """Versions, revision, machine and command, as plain values."""
+    """Versions, revision and machine, as plain values."""
     owners = {item.owner.partition(":")[0] for item in registry().all()} | {"chiasm"}
     return {
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "python": platform.python_version(),
         "packages": {name: found for name in PACKAGES if (found := _version(name))},
         "plugins": {owner: _version(owner) for owner in sorted(owners)},

@@ -6,7 +6,7 @@ import contextlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,7 @@ class Job:
         labels: what identifies the run in its study: `trial`, `cell`, `study`.
         loader_workers: processes that decode and preprocess images ahead of the model; 0: none.
         memo_bytes: memory for features of frozen encoders; used where `loader_workers` is 0.
+        command: what the user ran, which on a worker is another.
     """
 
     run: dict[str, Any]
@@ -60,6 +61,7 @@ class Job:
     labels: dict[str, Any]
     loader_workers: int = 0
     memo_bytes: int = 2**30
+    command: list[str] = field(default_factory=environment.command)
 
 
 def check_data(run: RunConfig) -> None:
@@ -184,7 +186,7 @@ def _begin(job: Job, run: RunConfig, vlm: VLM, workers: Workers) -> dict[str, An
             "frozen": sum(count.frozen for count in counts),
             "by_part": {count.part: {"trained": count.trained, "frozen": count.frozen} for count in counts},
         },
-        "environment": environment.describe(),
+        "environment": {"command": job.command} | environment.describe(),
     }
     if workers.first:
         folder = Path(job.folder)
