@@ -120,7 +120,7 @@ def test_a_text_only_batch_trains(make_vlm):
 def test_wrong_numbers_of_images_and_encoders_are_told(make_vlm):
     vlm = make_vlm()
     (prompt,) = prompts(vlm, IMAGE)
-    with pytest.raises(ValueError, match="4 places for visual tokens and 2 images of 4 visual tokens"):
+    with pytest.raises(ValueError, match="4 places for visual tokens, its 2 views of images have 8"):
         vlm.embed(collate([prompt], [torch.randn(2, 3, 8, 8)]))
     with pytest.raises(ValueError, match="4 places for visual tokens and no image"):
         vlm.embed(collate([prompt]))

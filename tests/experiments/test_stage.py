@@ -62,7 +62,7 @@ def run_config(**stage) -> RunConfig:
 
 def train(vlm, run, memo=None, samples=None):
     builder = PromptBuilder(vlm.llm, TokensConfig(), vlm.visual_tokens, "")
-    feed = Feed(vlm, builder, "squash", memo, ["toy"] * len(vlm.encoders) if memo else ())
+    feed = Feed(vlm, builder, memo, ["toy"] * len(vlm.encoders) if memo else ())
     log: list[dict] = []
     mixture = Mixture([samples or Samples()])
     result = train_stage(vlm, run, 0, mixture, feed, ALONE, lambda step, steps, metrics: log.append(metrics))

@@ -1,6 +1,6 @@
 """Batches: prompts padded to one length, with the pixels or the features of their images.
 
-Shape letters: B sequences, T positions, I images of the whole batch in reading order, H and W pixels.
+Shape letters: B sequences, T positions, I views of all images of the batch in reading order, H and W pixels.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ class Batch:
         labels_BT: int64; the id that belongs at a supervised place, `IGNORE` elsewhere.
         vision: for each encoder its pixels `[I, 3, H, W]`, or its features where they are already known; empty where
             the batch has no image.
+        view_tokens: for each of the I views the visual tokens that stand in the sequence; empty: all of them.
         sample_ids: for messages.
     """
 
@@ -33,6 +34,7 @@ class Batch:
     kinds_BT: Tensor
     labels_BT: Tensor
     vision: tuple[Tensor | Features, ...] = ()
+    view_tokens: tuple[int, ...] = ()
     sample_ids: tuple[str, ...] = ()
 
     def to(self, device: torch.device | str) -> Batch:
@@ -75,5 +77,6 @@ def collate(
         kinds_BT=rows([list(map(int, prompt.kinds)) for prompt in prompts], Position.PAD),
         labels_BT=rows([prompt.labels for prompt in prompts], IGNORE),
         vision=tuple(vision),
+        view_tokens=tuple(count for prompt in prompts for view in prompt.views for count in view),
         sample_ids=tuple(prompt.sample_id for prompt in prompts),
     )

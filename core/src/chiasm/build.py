@@ -14,6 +14,8 @@ from chiasm.config import ComponentRef, RunConfig, resolve
 from chiasm.encoder import Encoder
 from chiasm.fusion import Fusion
 from chiasm.llm import LanguageModel
+from chiasm.prompt import learned_vectors
+from chiasm.views import Views
 from chiasm.vlm import VLM
 
 Load = Callable[[str, ComponentRef, str], "Encoder | LanguageModel"]
@@ -61,5 +63,6 @@ def build_vlm(run: RunConfig, load: Load = load_component) -> VLM:
         fusion: Fusion = fusion_cls(fusion_config, [encoder.geometry.features for encoder in encoders], width)
     with seeded(f"{run.seed}/adapter"):
         adapter: Adapter = adapter_cls(adapter_config, fusion.out, width)
+    views = Views(run.vision.image, encoders[0].geometry.image, adapter.out)
     with seeded(f"{run.seed}/tokens"):
-        return VLM(encoders, fusion, adapter, llm)
+        return VLM(encoders, fusion, adapter, llm, views, learned_vectors(run.tokens))

@@ -6,7 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, PositiveFloat, ValidationError, field_validator, model_serializer, model_validator
+from pydantic import (
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from chiasm.errors import ChiasmError
 from chiasm.image import Resize
@@ -44,10 +52,32 @@ class ComponentRef(Settings):
 class ImageConfig(Settings):
     """How one image is shown to the encoders."""
 
-    views: Literal["whole"] = "whole"
-    """The whole image as one view."""
+    views: Literal["whole", "tiles"] = "whole"
+    """The whole image as one view; or tiles on the best-fitting grid, each a view of the encoder's own size."""
     resize: Resize = "pad"
-    """How it becomes each encoder's rectangle."""
+    """How the image becomes each encoder's rectangle, and the canvas of tiles (`native` pads it)."""
+    max_tiles: int = Field(default=4, gt=0)
+    """Of one image, the whole image not counted. Every grid up to it may be chosen, 1 x 1 for small images."""
+    grids: tuple[tuple[PositiveInt, PositiveInt], ...] | None = Field(default=None, min_length=1)
+    """Rows and columns to choose from instead; LLaVA-NeXT has [[1, 2], [2, 1], [2, 2], [1, 3], [3, 1]]."""
+    whole: bool = True
+    """The whole image as a view before its tiles."""
+    pool: int = Field(default=1, gt=0)
+    """The mean over squares of `pool` x `pool` visual tokens of each tile; the whole image keeps all of its own."""
+
+    @model_validator(mode="after")
+    def _tiles(self) -> Self:
+        # not the fields that were set: a configuration that was written out names all of them
+        changed = [
+            name
+            for name, field in type(self).model_fields.items()
+            if name not in ("views", "resize") and getattr(self, name) != field.default
+        ]
+        if self.views == "whole" and changed:
+            raise ValueError(f"{', '.join(changed)}: for `views: tiles`, given `views: whole`")
+        if self.grids is not None and "max_tiles" in changed:
+            raise ValueError("grids and max_tiles: the grids say how many tiles there may be; give one of the two")
+        return self
 
 
 class VisionConfig(Settings):
@@ -64,6 +94,8 @@ class TokensConfig(Settings):
 
     image: tuple[Literal["SOI", "EOI"], ...] = ("SOI", "EOI")
     """Around the visual tokens of each image: both, or none."""
+    views: tuple[Literal["SEP"], ...] = ()
+    """Between the views of one image: [SEP], or nothing."""
     turns: Literal["template"] | tuple[Literal["USER", "BOT"], ...] = ("USER", "BOT")
     """Before each question and answer; `template` writes turns in the tokenizer's own chat template instead."""
 
@@ -71,6 +103,8 @@ class TokensConfig(Settings):
     def _pairs(self) -> Self:
         if self.image not in ((), ("SOI", "EOI")):
             raise ValueError(f"image: wanted [SOI, EOI] or [], given {list(self.image)}")
+        if len(self.views) > 1:
+            raise ValueError(f"views: wanted [SEP] or [], given {list(self.views)}")
         if self.turns not in ("template", ("USER", "BOT")):
             raise ValueError(f"turns: wanted [USER, BOT] or template, given {list(self.turns)}")
         return self

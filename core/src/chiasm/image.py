@@ -87,31 +87,38 @@ def to_pixels(images: Sequence[Image.Image], spec: ImageSpec, resize: Resize) ->
     """
     if not images:
         return torch.empty(0, 3, spec.height, spec.width)
-    policy = spec.native if resize == "native" else resize
-    # a crop keeps the published share of the edge only when it is the published processing that was asked for
-    fraction = spec.crop_fraction if resize in ("native", "crop") else 1.0
-    resized = [_resize(image, spec, policy, fraction) for image in images]
+    resized = [fit(image, (spec.height, spec.width), resize, spec) for image in images]
     rgb_BHW3 = torch.from_numpy(np.stack([np.asarray(image, dtype=np.uint8) for image in resized]))
     pixels_B3HW = rgb_BHW3.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format) / 255
     mean, std = (torch.tensor(v, dtype=torch.float32).view(1, 3, 1, 1) for v in (spec.mean, spec.std))
     return (pixels_B3HW - mean) / std
 
 
-def _resize(image: Image.Image, spec: ImageSpec, policy: str, fraction: float) -> Image.Image:
+def fit(image: Image.Image, size: tuple[int, int], resize: Resize, spec: ImageSpec) -> Image.Image:
+    """An image brought to `size` (height, width) by a policy; filter and fill colour are those of `spec`."""
+    policy = spec.native if resize == "native" else resize
     filter_ = Image.Resampling.BICUBIC if spec.interpolation == "bicubic" else Image.Resampling.BILINEAR
-    width, height = image.size
+    height, width = size
     if policy == "squash":
-        return image.resize((spec.width, spec.height), filter_)
+        return image.resize((width, height), filter_)
     if policy == "pad":
-        scale = min(spec.width / width, spec.height / height)
-        size = (max(1, round(width * scale)), max(1, round(height * scale)))
-        fill = tuple(round(255 * value) for value in spec.mean)
-        canvas = Image.new("RGB", (spec.width, spec.height), fill)
-        canvas.paste(image.resize(size, filter_), ((spec.width - size[0]) // 2, (spec.height - size[1]) // 2))
+        scale = min(width / image.width, height / image.height)
+        inner = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+        canvas = Image.new("RGB", (width, height), tuple(round(255 * value) for value in spec.mean))
+        canvas.paste(image.resize(inner, filter_), ((width - inner[0]) // 2, (height - inner[1]) // 2))
         return canvas
-    # transformers' shortest-edge rule truncates the longer edge; the same here, or crops differ by a pixel
-    short = math.floor(min(spec.height, spec.width) / fraction + 1e-6)  # 384 / (384 / 450) is just below 450
-    size = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
-    image = image.resize(size, filter_)
-    left, top = (size[0] - spec.width) // 2, (size[1] - spec.height) // 2
-    return image.crop((left, top, left + spec.width, top + spec.height))
+    return _crop(image, size, filter_, spec.crop_fraction)
+
+
+def _crop(image: Image.Image, size: tuple[int, int], filter_: Image.Resampling, fraction: float) -> Image.Image:
+    # the edge that binds is scaled to size, and the other one truncated, as transformers' shortest-edge rule has it, or
+    # crops differ by a pixel; the tolerance is for 384 / (384 / 450), which is just below 450
+    tall, wide = (math.floor(edge / fraction + 1e-6) for edge in size)
+    width, height = image.size
+    if wide * height >= tall * width:
+        scaled = (wide, max(tall, int(wide * height / width)))
+    else:
+        scaled = (max(wide, int(tall * width / height)), tall)
+    image = image.resize(scaled, filter_)
+    left, top = (scaled[0] - size[1]) // 2, (scaled[1] - size[0]) // 2
+    return image.crop((left, top, left + size[1], top + size[0]))

@@ -21,8 +21,17 @@ from chiasm.sample import IMAGE_MARKER, Sample, count_markers
 IGNORE = -100
 """The label of positions that are not supervised; torch's own `ignore_index`."""
 
-LEARNED = ("SOI", "EOI", "USER", "BOT")
-"""The learned vectors in the order of their rows."""
+LEARNED = ("SOI", "EOI", "USER", "BOT", "SEP")
+"""The learned vectors in the order of their rows; the last only where views are separated."""
+
+
+def learned_vectors(tokens: TokensConfig) -> int:
+    """How many of the learned vectors a model has: OmniFusion's four, and one between views where they have one."""
+    return len(LEARNED) - (not tokens.views)
+
+
+Views = Sequence[Sequence[int]]
+"""For each image of a sample the visual tokens of each of its views."""
 
 
 class Position(IntEnum):
@@ -43,10 +52,13 @@ class Prompt:
     """
 
     sample_id: str
+    views: Views = ()
+    """For each image the visual tokens of each of its views."""
     ids: list[int] = field(default_factory=list)
     kinds: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     images: int = 0
+    """How many have their place already."""
     cut: int = 0
     """Positions that the context's length cost."""
 
@@ -66,11 +78,14 @@ class Prompt:
         """Appends learned vectors by name."""
         self._extend([LEARNED.index(name) for name in names], Position.LEARNED)
 
-    def image(self, visual_tokens: int, around: Sequence[str]) -> None:
-        """Appends the place of one image."""
-        self.learned(*around[:1])
-        self._extend([0] * visual_tokens, Position.VISUAL)
-        self.learned(*around[1:])
+    def image(self, tokens: TokensConfig) -> None:
+        """Appends the place of the next image."""
+        self.learned(*tokens.image[:1])
+        for i, visual_tokens in enumerate(self.views[self.images]):
+            if i:
+                self.learned(*tokens.views)
+            self._extend([0] * visual_tokens, Position.VISUAL)
+        self.learned(*tokens.image[1:])
         self.images += 1
 
     def _extend(self, ids: Sequence[int], kind: Position, labels: Sequence[int] | None = None) -> None:
@@ -85,7 +100,7 @@ class PromptBuilder:
     Args:
         llm: the language model whose tokenizer and template are used; no weight of it is touched.
         tokens: which learned vectors stand where.
-        visual_tokens: for each image.
+        visual_tokens: of an image with one view.
         system: text before the first turn.
     """
 
@@ -95,15 +110,19 @@ class PromptBuilder:
         self.visual_tokens = visual_tokens
         self.system = system
 
-    def train(self, sample: Sample) -> Prompt:
+    def train(self, sample: Sample, views: Views | None = None) -> Prompt:
         """The whole dialogue with its labels, cut at the end where it exceeds the context.
+
+        Args:
+            sample: what is trained on.
+            views: for each image the visual tokens of each of its views; None: one view each.
 
         Raises:
             DataError: a turn has no answer, or nothing is supervised within the context; the message names the sample.
         """
         if sample.turns[-1].answer is None:
             raise DataError(f"sample {sample.id!r}: the last turn has no answer; training needs one")
-        prompt = self._write(sample)
+        prompt = self._write(sample, views)
         limit = self.llm.geometry.context_length
         cut_image = Position.VISUAL in prompt.kinds[limit:]
         prompt.cut = max(0, len(prompt) - limit)
@@ -116,19 +135,20 @@ class PromptBuilder:
             )
         return prompt
 
-    def ask(self, sample: Sample, reserve: int) -> Prompt:
+    def ask(self, sample: Sample, reserve: int, views: Views | None = None) -> Prompt:
         """The dialogue up to the place where the model answers its last turn.
 
         Args:
             sample: what is asked.
             reserve: positions to leave for the answer.
+            views: as for `train`.
 
         Raises:
             DataError: the last turn has an answer, or the prompt and the answer exceed the context.
         """
         if sample.turns[-1].answer is not None:
             raise DataError(f"sample {sample.id!r}: the last turn has an answer already; leave it out to ask for one")
-        prompt = self._write(sample)
+        prompt = self._write(sample, views)
         limit = self.llm.geometry.context_length
         if len(prompt) + reserve > limit:
             raise DataError(
@@ -137,8 +157,9 @@ class PromptBuilder:
             )
         return prompt
 
-    def _write(self, sample: Sample) -> Prompt:
-        prompt = Prompt(sample.id)
+    def _write(self, sample: Sample, views: Views | None) -> Prompt:
+        prompt = Prompt(sample.id, [(self.visual_tokens,)] * len(sample.images) if views is None else views)
+        assert len(prompt.views) == len(sample.images)
         bos = self.llm.bos_id
         if self.tokens.turns == "template":
             self._write_template(prompt, sample)
@@ -224,7 +245,7 @@ class PromptBuilder:
 
     def _images(self, prompt: Prompt, count: int) -> None:
         for _ in range(count):
-            prompt.image(self.visual_tokens, self.tokens.image)
+            prompt.image(self.tokens)
 
     def _ids(self, text: str) -> list[int]:
         return self.llm.tokenize(text) if text else []

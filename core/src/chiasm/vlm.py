@@ -1,7 +1,7 @@
 """The model that composes the parts: encoders, fusion, adapter, learned vectors, language model.
 
-Shape letters: B sequences, T positions, I images, N tokens of one image, L layers, D width of an encoder, E width of
-the language model, S supervised positions, V vocabulary.
+Shape letters: B sequences, T positions, I views of images, N tokens of one view, X visual tokens of all views,
+L layers, D width of an encoder, E width of the language model, S supervised positions, V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,23 +17,29 @@ from torch.nn import functional as F
 
 from chiasm.adapter import Adapter
 from chiasm.batch import Batch
-from chiasm.config import PARTS, Part
+from chiasm.config import PARTS, ImageConfig, Part
 from chiasm.encoder import Encoder
+from chiasm.errors import ConfigError
 from chiasm.features import Features
 from chiasm.fusion import Fusion
-from chiasm.llm import LanguageModel
-from chiasm.prompt import IGNORE, LEARNED, Position
+from chiasm.llm import FIXED_LLM, LanguageModel
+from chiasm.prompt import IGNORE, Position
+from chiasm.views import Views, pool_tokens
 
 
 class LearnedTokens(nn.Module):
     """The vectors SOI, EOI, USER and BOT, outside the vocabulary (OmniFusion, arXiv 2404.06212, section 2).
 
     Drawn from N(0, 1 / E), as the released code draws them.
+
+    Args:
+        width: of the language model.
+        count: 5 adds SEP, which stands between the views of one image.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, count: int = 4) -> None:
         super().__init__()
-        self.vectors = nn.Parameter(torch.randn(len(LEARNED), width) * width**-0.5)
+        self.vectors = nn.Parameter(torch.randn(count, width) * width**-0.5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +59,22 @@ class VLM(nn.Module):
         fusion: features of all encoders to one sequence.
         adapter: that sequence to visual tokens.
         llm: the language model.
+        views: how images become views; None: each is one, padded to the encoder's size.
+        learned: how many learned vectors there are; 5 with one between views.
 
     Raises:
         ValueError: the geometries of neighbouring parts differ.
     """
 
-    def __init__(self, encoders: Sequence[Encoder], fusion: Fusion, adapter: Adapter, llm: LanguageModel) -> None:
+    def __init__(
+        self,
+        encoders: Sequence[Encoder],
+        fusion: Fusion,
+        adapter: Adapter,
+        llm: LanguageModel,
+        views: Views | None = None,
+        learned: int = 4,
+    ) -> None:
         super().__init__()
         given = tuple(encoder.geometry.features for encoder in encoders)
         if given != fusion.features:
@@ -70,13 +86,14 @@ class VLM(nn.Module):
         self.encoders = nn.ModuleList(encoders)
         self.fusion = fusion
         self.adapter = adapter
-        self.tokens = LearnedTokens(llm.geometry.width)
+        self.tokens = LearnedTokens(llm.geometry.width, learned)
+        self.views = views or Views(ImageConfig(), encoders[0].geometry.image, adapter.out)
         self.llm = llm
         self._trained: frozenset[Part] = frozenset(PARTS)
 
     @property
     def visual_tokens(self) -> int:
-        """Visual tokens of one image."""
+        """Visual tokens of one view."""
         return self.adapter.out.tokens
 
     def part(self, name: Part) -> nn.Module:
@@ -85,11 +102,23 @@ class VLM(nn.Module):
 
     # what learns
 
+    def trainable(self, name: Part) -> dict[str, nn.Parameter]:
+        """The parameters of a part that learn where a stage trains it: all, unless the language model says less."""
+        return self.llm.trainable() if name == "llm" else dict(self.part(name).named_parameters())
+
     def set_trained(self, parts: Collection[Part]) -> None:
-        """Chooses the parts that learn. All others get no gradient and stay in eval mode whatever `train` is told."""
+        """Chooses the parts that learn. All others get no gradient and stay in eval mode whatever `train` is told.
+
+        Raises:
+            ConfigError: the language model is to learn and cannot.
+        """
+        if "llm" in parts and not self.llm.geometry.trainable:
+            raise ConfigError(FIXED_LLM)
         self._trained = frozenset(parts)
         for name in PARTS:
-            self.part(name).requires_grad_(name in self._trained)
+            self.part(name).requires_grad_(False)
+            for parameter in self.trainable(name).values() if name in self._trained else ():
+                parameter.requires_grad_(True)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Self:
@@ -101,14 +130,14 @@ class VLM(nn.Module):
 
     def counts(self) -> list[PartCount]:
         """What is trained and what is frozen, by part."""
-        return [
-            PartCount(
-                name,
-                trained=sum(p.numel() for p in self.part(name).parameters() if p.requires_grad),
-                frozen=sum(p.numel() for p in self.part(name).parameters() if not p.requires_grad),
-            )
-            for name in PARTS
-        ]
+        counts = []
+        for name in PARTS:
+            parameters = list(self.part(name).parameters())
+            # quantised weights are packed, so their elements are no parameters to count
+            total = self.llm.geometry.parameters if name == "llm" else sum(p.numel() for p in parameters)
+            trained = sum(p.numel() for p in parameters if p.requires_grad)
+            counts.append(PartCount(name, trained, total - trained))
+        return counts
 
     # the way of an image
 
@@ -146,13 +175,14 @@ class VLM(nn.Module):
                 raise ValueError(f"the batch has {places} places for visual tokens and no image")
             return embeds_BTE
         visual_INE = self.see(batch.vision)
-        if places != visual_INE.shape[0] * visual_INE.shape[1]:
+        visual_XE = self._in_sequence(visual_INE, batch.view_tokens)
+        if places != len(visual_XE):
             raise ValueError(
-                f"the batch has {places} places for visual tokens and {visual_INE.shape[0]} images of "
-                f"{visual_INE.shape[1]} visual tokens each"
+                f"the batch has {places} places for visual tokens, its {len(visual_INE)} views of images have "
+                f"{len(visual_XE)}"
             )
         # out of place, so that the embeddings of a frozen language model need no graph of their own
-        return embeds_BTE.masked_scatter(kinds_BT1 == Position.VISUAL, visual_INE.to(dtype))
+        return embeds_BTE.masked_scatter(kinds_BT1 == Position.VISUAL, visual_XE.to(dtype))
 
     # what comes out
 
@@ -181,6 +211,24 @@ class VLM(nn.Module):
         """The greedy answers to a batch that was padded on the left."""
         ids = self.llm.generate(self.embed(batch), batch.mask_BT, max_new_tokens=max_new_tokens)
         return [self.llm.detokenize(row) for row in ids]
+
+    def _in_sequence(self, visual_INE: Tensor, view_tokens: Sequence[int]) -> Tensor:
+        """The visual tokens `[I, N, E]` of all views one after the other, `[X, E]`; those of pooled tiles pooled."""
+        every = visual_INE.shape[1]
+        if all(count == every for count in view_tokens):
+            return visual_INE.flatten(0, 1)
+        if len(view_tokens) != len(visual_INE):
+            raise ValueError(f"the batch has {len(visual_INE)} views, and the number of tokens of {len(view_tokens)}")
+        grid = self.adapter.out.grid
+        assert grid is not None, "Views pools tokens on a grid only"
+        whole = torch.tensor([count == every for count in view_tokens], device=visual_INE.device)
+        tiles = iter(pool_tokens(visual_INE[~whole], grid, self.views.config.pool))
+        return torch.cat(
+            [
+                visual_NE if count == every else next(tiles)
+                for visual_NE, count in zip(visual_INE, view_tokens, strict=True)
+            ]
+        )
 
     def _in_dtype(self, features: list[Features]) -> list[Features]:
         """Features in the dtype of the first trained layers, which hold float32 weights where encoders hold bf16."""

@@ -1,13 +1,14 @@
 """From samples to batches: prompts written, images preprocessed, what is frozen encoded once.
 
-Shape letters: I images of a batch, H and W pixels.
+Shape letters: I views of all images of a sample or a batch, H and W pixels, L layers, N tokens, D width.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,6 @@ from torch import Tensor
 from chiasm.batch import Batch, collate
 from chiasm.errors import ChiasmError
 from chiasm.features import Features
-from chiasm.image import Resize
 from chiasm.prompt import Prompt, PromptBuilder
 from chiasm.sample import ImageSource, Sample
 from chiasm.vlm import VLM
@@ -27,8 +27,8 @@ class Example:
 
     prompt: Prompt
     images: tuple[ImageSource, ...]
-    pixels: tuple[Tensor, ...] = ()
-    """For each encoder `[I, 3, H, W]`; empty where the features are known already."""
+    pixels: tuple[tuple[Tensor, ...], ...] = ()
+    """For each encoder the views of each image, `[V, 3, H, W]`; empty where the features are known already."""
 
 
 class FeatureMemo:
@@ -49,7 +49,7 @@ class FeatureMemo:
         return key in self._items
 
     def get(self, key: tuple[str, str]) -> Features:
-        """The features of one image, `[1, L, N, D]`."""
+        """The features of one image's views, `[V, L, N, D]`."""
         self._items.move_to_end(key)
         return self._items[key]
 
@@ -68,9 +68,8 @@ class Feed:
     """Makes batches for one model.
 
     Args:
-        vlm: the model; its encoders preprocess, and where they are frozen and a memo is given, encode.
+        vlm: the model; its encoders preprocess views, and where they are frozen and a memo is given, encode them.
         builder: writes prompts.
-        resize: how images become the encoders' rectangles.
         memo: where features of frozen encoders are kept, or None to give pixels.
         identities: for each encoder a name that is equal only for equal weights, layers and preprocessing.
     """
@@ -79,39 +78,48 @@ class Feed:
         self,
         vlm: VLM,
         builder: PromptBuilder,
-        resize: Resize,
         memo: FeatureMemo | None = None,
         identities: Sequence[str] = (),
     ) -> None:
         self.vlm = vlm
         self.builder = builder
-        self.resize = resize
         self.memo = memo
-        self.identities = tuple(f"{identity}/{resize}" for identity in identities)
+        # features of tiles fit no other way of cutting, even where one encoder's tile has another's size
+        cut = f"{vlm.views.config.model_dump_json()}/{vlm.views.tile}"
+        self.identities = tuple(f"{identity}/{cut}" for identity in identities)
 
     def train(self, sample: Sample) -> Example:
         """A sample with its labels."""
-        return self._example(self.builder.train(sample), sample)
+        return self._example(sample, self.builder.train)
 
     def ask(self, sample: Sample, reserve: int) -> Example:
         """A sample up to where the model answers; `reserve` positions are left for the answer."""
-        return self._example(self.builder.ask(sample, reserve), sample)
+        return self._example(sample, lambda sample, views: self.builder.ask(sample, reserve, views))
 
-    def _example(self, prompt: Prompt, sample: Sample) -> Example:
-        if not sample.images or self._known(sample.images):
-            return Example(prompt, sample.images)
+    def _example(self, sample: Sample, write: Callable[[Sample, Sequence[Sequence[int]]], Prompt]) -> Example:
+        known = self._known(sample.images)
+        if known is not None:
+            return Example(write(sample, [self.vlm.views.tokens(count) for count in known]), sample.images)
         try:
             images = [image.load() for image in sample.images]
         except ChiasmError as error:
             error.add_note(f"in sample {sample.id!r}")
             raise
-        pixels = tuple(encoder.preprocess(images, self.resize) for encoder in self.vlm.encoders)  # type: ignore[operator]
+        # before the pixels: a sample that does not fit costs no preprocessing
+        views = self.vlm.views
+        prompt = write(sample, [views.tokens(views.count(image)) for image in images])
+        encoders: list[Any] = list(self.vlm.encoders)
+        pixels = tuple(tuple(views.pixels(image, encoder) for image in images) for encoder in encoders)
         return Example(prompt, sample.images, pixels)
 
-    def _known(self, images: Sequence[ImageSource]) -> bool:
-        return self.memo is not None and all(
-            (identity, image.key) in self.memo for identity in self.identities for image in images
-        )
+    def _known(self, images: Sequence[ImageSource]) -> list[int] | None:
+        """How many views each image has, where the features of all are remembered."""
+        counts = []
+        for image in images:
+            if self.memo is None or any((identity, image.key) not in self.memo for identity in self.identities):
+                return None
+            counts.append(len(self.memo.get((self.identities[0], image.key)).tokens))
+        return counts
 
     def batch(self, examples: Sequence[Example], device: torch.device, *, generate: bool = False) -> Batch:
         """Examples as one batch on the device, padded on the left to generate."""
@@ -127,7 +135,7 @@ class Feed:
 
     @staticmethod
     def _pixels(examples: Sequence[Example], k: int) -> Tensor:
-        return torch.cat([example.pixels[k] for example in examples])
+        return torch.cat([pixels for example in examples for pixels in example.pixels[k]])
 
     def _features(self, examples: Sequence[Example], k: int, device: torch.device) -> Features:
         """Features of all images in order: remembered ones looked up, the others encoded in one batch."""
@@ -145,13 +153,13 @@ class Feed:
                     new.setdefault(image.key, self._again(image, k))
         if new:
             with torch.no_grad():
-                encoded = self.vlm.encode(k, torch.stack(list(new.values())).to(device))
-            for i, image_key in enumerate(new):
-                found[image_key] = Features(encoded.tokens[i : i + 1].clone(), encoded.grid)
+                encoded = self.vlm.encode(k, torch.cat(list(new.values())).to(device))
+            views = torch.split(encoded.tokens, [len(pixels) for pixels in new.values()])
+            for image_key, tokens_VLND in zip(new, views, strict=True):
+                found[image_key] = Features(tokens_VLND.clone(), encoded.grid)
                 self.memo.put((self.identities[k], image_key), found[image_key])
         rows = [found[image.key] for example in examples for image in example.images]
         return Features(torch.cat([row.tokens for row in rows]), rows[0].grid)
 
     def _again(self, image: ImageSource, k: int) -> Tensor:
-        pixels: Tensor = self.vlm.encoders[k].preprocess([image.load()], self.resize)[0]  # type: ignore[operator]
-        return pixels
+        return self.vlm.views.pixels(image.load(), self.vlm.encoders[k])  # type: ignore[arg-type]

@@ -149,7 +149,7 @@ def make_feed(vlm: VLM, run: RunConfig, warm: WarmParts | None = None) -> Feed:
     """What turns samples into batches for a model, with a memo of frozen features where one is given."""
     builder = PromptBuilder(vlm.llm, run.tokens, vlm.visual_tokens, run.system)
     identities = [warm.identity(run, i) for i in range(len(run.vision.encoders))] if warm else []
-    return Feed(vlm, builder, run.vision.image.resize, warm.memo if warm else None, identities)
+    return Feed(vlm, builder, warm.memo if warm else None, identities)
 
 
 def _earlier(run: RunConfig, folder: Path) -> dict[str, Any] | None:
@@ -180,7 +180,7 @@ def _begin(job: Job, run: RunConfig, vlm: VLM, workers: Workers) -> dict[str, An
         "error": None,
         "run": run.model_dump(mode="json"),
         "workers": workers.size,
-        "visual_tokens": vlm.visual_tokens,
+        "visual_tokens": vlm.views.most_tokens,
         "parameters": {
             "trained": sum(count.trained for count in counts),
             "frozen": sum(count.frozen for count in counts),
@@ -227,18 +227,25 @@ def _train(
             results.append({"name": stage.name, "train": list(stage.train), **asdict(result)})
             if workers.first:
                 write_json(place_ / "result.json", results[-1])
-                save_parts(vlm, place_, _parts_to_save(run, index))
+                save_parts(vlm, place_, _parts_to_save(run, index), _random_parts(run))
             workers.barrier()
     return results
 
 
 def _parts_to_save(run: RunConfig, index: int) -> list[Part]:
     """Every part whose weights stand nowhere else: trained so far, new, or random."""
-    parts: set[Part] = {"fusion", "adapter", "tokens"}
+    parts = _random_parts(run)
+    parts |= {"fusion", "adapter", "tokens"}
     for stage in run.stages[: index + 1]:
         parts |= set(stage.train)
+    return sorted(parts)
+
+
+def _random_parts(run: RunConfig) -> set[Part]:
+    """The encoders and the language model where they start from no checkpoint."""
+    parts: set[Part] = set()
     if any(resolve("encoder", ref)[1].pretrained is None for ref in run.vision.encoders):
         parts.add("encoders")
     if resolve("llm", run.llm)[1].pretrained is None:
         parts.add("llm")
-    return sorted(parts)
+    return parts
