@@ -14,6 +14,10 @@ from torch import Tensor, nn
 
 from chiasm.settings import Settings, Source
 
+FIXED_LLM = (
+    "a stage trains the language model, whose quantised weights cannot learn; set llm.lora, or leave llm out of train"
+)
+
 
 class LanguageModelConfig(Settings):
     """What every language model lets a run choose; subclass it to add more."""
@@ -33,9 +37,46 @@ class LanguageModelSpec:
     depth: int
     """Blocks in the architecture."""
     parameters: int
-    """Parameters that `build` would hold, tied ones once."""
+    """Parameters that `build` would hold, tied ones once, quantised ones unpacked."""
     chat_template: bool
     """Whether `render_chat` works."""
+    trainable: int = -1
+    """Parameters that learn where a stage trains the model; 0: none can. Left out: all."""
+    matrix_parameters: int = -1
+    """Parameters that take part in a matrix product at every position: of the blocks, no embedding and no output
+    head. Left out: all but one table of embeddings, so the head is in it where it is not tied."""
+    head_parameters: int = -1
+    """Parameters of the output head, tied or not. Left out: width x vocabulary."""
+    attention_width: int = -1
+    """Of the queries of all heads of a block together. Left out: `width`."""
+    matrix_bits: int | None = None
+    """Bits that a quantised model holds each of its matrix parameters in; None: it is not quantised."""
+
+    def __post_init__(self) -> None:
+        table = self.width * self.vocabulary
+        for name, value in (
+            ("trainable", self.parameters),
+            ("matrix_parameters", max(0, self.parameters - table)),
+            ("head_parameters", table),
+            ("attention_width", self.width),
+        ):
+            if getattr(self, name) == -1:
+                object.__setattr__(self, name, value)
+
+    def flops(self, positions: int, logits: int = 0) -> int:
+        """Floating-point operations of one sequence's forward pass (a multiply-add counts two).
+
+        Matrix products alone: 2 for each matrix parameter and position, and 4 x attention width for each pair of a
+        position and one that it sees. Causal attention sees half of the square; a kernel that computes all of it,
+        and hides the rest, does more. Norms, activations and rotations, well under 1% of a large model, are left out.
+
+        Args:
+            positions: of text and images.
+            logits: positions at which logits are computed.
+        """
+        pairs = positions * (positions + 1) // 2
+        attention = 4 * pairs * self.attention_width * self.depth
+        return 2 * self.matrix_parameters * positions + attention + 2 * self.head_parameters * logits
 
 
 class Message(TypedDict):
@@ -85,6 +126,12 @@ class LanguageModel(nn.Module, ABC):
     @abstractmethod
     def tiny(cls) -> Self:
         """A small instance with random weights for tests: made on the CPU in well under a second."""
+
+    # what learns
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters, by name, that learn where a stage trains the model: all, unless a subclass trains less."""
+        return dict(self.named_parameters())
 
     # text
 

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from chiasm.config import PARTS, Part, RunConfig, resolve
 from chiasm.errors import ChiasmError
 from chiasm.features import SequenceSpec
-from chiasm.llm import LanguageModelSpec
+from chiasm.llm import FIXED_LLM, LanguageModelSpec
 from chiasm.prompt import LEARNED
 
 
@@ -84,21 +84,23 @@ def plan_run(run: RunConfig) -> RunPlan:
         plan.context_length = llm.context_length
         plan.parameters["llm"] = llm.parameters
         plan.parameters["tokens"] = len(LEARNED) * llm.width
+        if "llm" in run.trained and not llm.trainable:
+            plan.problems.append(f"llm: {FIXED_LLM}")
         if run.tokens.turns == "template" and not llm.chat_template:
             plan.problems.append(
                 f"tokens.turns: {run.llm.name!r} has no chat template; choose [USER, BOT] or an instruct model"
             )
     if llm is None or None in encoders:
-        return _finish(plan, run)
+        return _finish(plan, run, llm)
 
     features = tuple(encoder.features for encoder in encoders)
     plan.sequence = attempt("vision.fusion", lambda: spec("fusion", run.vision.fusion, features, llm.width))
     if plan.sequence is None:
-        return _finish(plan, run)
+        return _finish(plan, run, llm)
     plan.parameters["fusion"] = count("fusion", run.vision.fusion, features, llm.width)
     out = attempt("vision.adapter", lambda: spec("adapter", run.vision.adapter, plan.sequence, llm.width))
     if out is None:
-        return _finish(plan, run)
+        return _finish(plan, run, llm)
     plan.parameters["adapter"] = count("adapter", run.vision.adapter, plan.sequence, llm.width)
     plan.visual_tokens = out.tokens
     if out.width != llm.width:
@@ -111,12 +113,13 @@ def plan_run(run: RunConfig) -> RunPlan:
             f"llm: the context of {llm.context_length} positions is too short for {out.tokens} visual tokens with any "
             "text; choose an encoder or adapter with fewer tokens, or a longer context"
         )
-    return _finish(plan, run)
+    return _finish(plan, run, llm)
 
 
-def _finish(plan: RunPlan, run: RunConfig) -> RunPlan:
+def _finish(plan: RunPlan, run: RunConfig, llm: LanguageModelSpec | None) -> RunPlan:
     """Fills in what is trained, and finds stages that would train nothing."""
-    plan.trained = {part: plan.parameters[part] for part in PARTS if part in run.trained and part in plan.parameters}
+    learning = plan.parameters | ({} if llm is None else {"llm": llm.trainable})
+    plan.trained = {part: learning[part] for part in PARTS if part in run.trained and part in learning}
     for stage in run.stages:
         known = [plan.parameters.get(part) for part in stage.train]
         if known and all(count == 0 for count in known):

@@ -8,8 +8,9 @@ import torch
 from pydantic import model_validator
 
 from chiasm.llm import LanguageModelConfig, LanguageModelSpec
-from chiasm_llms.causal import CausalLM, random_weights
+from chiasm_llms.causal import CausalLM
 from chiasm_llms.checkpoint import load_tokenizer, load_weights, read_config
+from chiasm_llms.geometry import random_weights
 from chiasm_llms.settings import CausalConfig, Shape
 from chiasm_smollm2.conversion import converted
 

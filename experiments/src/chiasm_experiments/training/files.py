@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_model, save_model
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, load_model, save_file, save_model
 
 from chiasm.config import Part
 from chiasm.errors import CheckpointError
@@ -37,8 +39,12 @@ def read_json(path: Path) -> Any:
         raise CheckpointError(f"{str(path)!r} cannot be read: {error}") from error
 
 
-def save_parts(vlm: VLM, folder: Path, parts: Iterable[Part]) -> None:
-    """Writes `PART.safetensors` for each part with a state, and their list last: without it a folder is unfinished."""
+def save_parts(vlm: VLM, folder: Path, parts: Iterable[Part], whole: Collection[Part] = ()) -> None:
+    """Writes `PART.safetensors` for each part with a state, and their list last: without it a folder is unfinished.
+
+    Of a part that can learn in some of its parameters alone, such as a language model with LoRA, only those are
+    written, unless `whole` names it: its other weights stand nowhere else.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for part in parts:
@@ -46,7 +52,11 @@ def save_parts(vlm: VLM, folder: Path, parts: Iterable[Part]) -> None:
         if not module.state_dict():
             continue
         temporary = folder / f".{part}.{os.getpid()}"
-        save_model(module, str(temporary))
+        learned = vlm.trainable(part)
+        if part in whole or len(learned) == len(list(module.parameters())):
+            save_model(module, str(temporary))
+        else:
+            save_file({name: p.detach().contiguous() for name, p in learned.items()}, str(temporary))
         os.replace(temporary, folder / f"{part}.safetensors")
         written.append(part)
     write_json(folder / "parts.json", written)
@@ -66,8 +76,22 @@ def load_parts(vlm: VLM, folder: Path) -> None:
     for part in read_json(folder / "parts.json"):
         file = folder / f"{part}.safetensors"
         try:
-            load_model(vlm.part(part), str(file), strict=True)
+            _load(vlm, part, str(file))
         except (OSError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"{str(file)!r} does not fit the {part} of this run: {error}") from error
         except Exception as error:  # safetensors raises its own type for a damaged file
             raise CheckpointError(f"{str(file)!r} is damaged: {error}") from error
+
+
+def _load(vlm: VLM, part: Part, file: str) -> None:
+    learned = vlm.trainable(part)
+    with safe_open(file, framework="pt") as stored:
+        some = set(stored.keys()) == set(learned)
+    if not some or len(learned) == len(list(vlm.part(part).parameters())):
+        load_model(vlm.part(part), file, strict=True)
+        return
+    with torch.no_grad():
+        for name, value in load_file(file).items():
+            if value.shape != learned[name].shape:  # copy_ would stretch a single row
+                raise ValueError(f"{name} is {tuple(value.shape)}, wanted {tuple(learned[name].shape)}")
+            learned[name].copy_(value)

@@ -18,13 +18,21 @@ def compute_dtype(run: RunConfig, device: torch.device) -> torch.dtype:
 
 
 def place(vlm: VLM, run: RunConfig, device: torch.device) -> None:
-    """Moves the model to the device: parts that any stage trains in float32, always frozen ones in the compute dtype.
+    """Moves the model to the device: what any stage trains in float32, what is always frozen in the compute dtype.
 
-    Small steps vanish in bfloat16 weights, so what learns keeps float32 and autocast computes in bfloat16.
+    Small steps vanish in bfloat16 weights, so what learns keeps float32 and autocast computes in bfloat16. Of a
+    language model with LoRA only its matrices learn: the rest is frozen.
     """
     dtype = compute_dtype(run, device)
     for part in PARTS:
-        vlm.part(part).to(device, torch.float32 if part in run.trained else dtype)
+        if part != "llm":
+            vlm.part(part).to(device, torch.float32 if part in run.trained else dtype)
+    learned = {id(p) for p in vlm.trainable("llm").values()} if "llm" in run.trained else set()
+    # buffers keep their dtype: bfloat16 frequencies turn a position of 2000 by up to 3 radians too much. Quantised
+    # weights are integers, which are no number format to choose
+    for parameter in vlm.llm.to(device).parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch.float32 if id(parameter) in learned else dtype)
 
 
 def autocast(run: RunConfig, device: torch.device) -> AbstractContextManager[object]:

@@ -5,17 +5,14 @@ Shape letters: B sequences, T positions, E width, V vocabulary.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
 from jinja2 import TemplateError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
-    AutoModelForCausalLM,
     GenerationConfig,
     LlamaConfig,
     PreTrainedConfig,
@@ -27,6 +24,10 @@ from chiasm.errors import CheckpointError, ConfigError
 from chiasm.llm import LanguageModel, LanguageModelConfig, LanguageModelSpec, Message
 from chiasm_llms.byte_tokenizer import BYTE_VOCABULARY, byte_tokenizer
 from chiasm_llms.checkpoint import has_chat_template, load_tokenizer, load_weights, read_config
+from chiasm_llms.geometry import geometry, random_weights
+from chiasm_llms.lora import add_lora
+from chiasm_llms.presets import BY_SOURCE
+from chiasm_llms.quantization import quantization
 from chiasm_llms.settings import CausalConfig, Shape
 
 _MARK = "\ue000"
@@ -44,6 +45,8 @@ class CausalLM(LanguageModel):
         config: an instance of `Config`.
         model: in eval mode. Its generation settings are replaced: decoding is greedy.
         tokenizer: names an end-of-sequence token.
+        learned: names of the model's parameters that learn where a stage trains it, as `add_lora` gives them; None:
+            all.
 
     Raises:
         CheckpointError: the tokenizer has ids that the model has no embedding for.
@@ -51,10 +54,17 @@ class CausalLM(LanguageModel):
 
     Config: ClassVar[type[LanguageModelConfig]] = CausalConfig
 
-    def __init__(self, config: LanguageModelConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self,
+        config: LanguageModelConfig,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        learned: frozenset[str] | None = None,
+    ) -> None:
         super().__init__(config)
         self.model = model
         self.tokenizer = tokenizer
+        self._learned = learned
         # a checkpoint's temperature, penalties and lengths would leak into generate()
         self.model.generation_config = GenerationConfig()
         _check_ids(tokenizer, self.geometry.vocabulary)
@@ -73,42 +83,75 @@ class CausalLM(LanguageModel):
         assert isinstance(config, CausalConfig)
         if config.pretrained is None:
             tokenizer = config.random_tokenizer
-            template = tokenizer == "bytes" or has_chat_template(str(tokenizer))
-            return _geometry(cls.random_config(config.architecture, _vocabulary(config)), template)
-        return _geometry(cls.read_config(config.pretrained), has_chat_template(config.tokenizer or config.pretrained))
+            template = tokenizer == "bytes" or cls.has_template(str(tokenizer))
+            shape = cls.random_config(config, _vocabulary(config))
+        else:
+            preset = BY_SOURCE.get(config.pretrained)
+            shape = read_config(config.pretrained) if preset is None else preset.config()
+            cls.check_config(config.pretrained, shape)
+            template = cls.has_template(config.tokenizer or config.pretrained)
+        return geometry(shape, chat_template=template, lora=config.lora, quantize=config.quantize)
 
     @classmethod
     def build(cls, config: LanguageModelConfig) -> Self:
         assert isinstance(config, CausalConfig)
         if config.pretrained is None:
-            shape = cls.random_config(config.architecture, _vocabulary(config))
-            return cls(config, random_weights(shape), _random_tokenizer(config))
-        hf_config = cls.read_config(config.pretrained)
-        tokenizer = load_tokenizer(config.tokenizer or config.pretrained)
-        llm = cls(config, load_weights(config.pretrained, hf_config), tokenizer)
-        llm.check_head()
+            model = random_weights(cls.random_config(config, _vocabulary(config)))
+            tokenizer = _random_tokenizer(config)
+        else:
+            quantized = None if config.quantize is None else quantization(config.quantize)
+            hf_config = read_config(config.pretrained)
+            cls.check_config(config.pretrained, hf_config)
+            tokenizer = cls.read_tokenizer(config.tokenizer or config.pretrained)
+            model = load_weights(config.pretrained, hf_config, quantized)
+        learned: frozenset[str] | None = frozenset() if config.quantize else None
+        if config.lora is not None:
+            learned = add_lora(model, config.lora)
+        llm = cls(config, model, tokenizer, learned)
+        if config.pretrained is not None:
+            llm.check_head()
         return llm
 
     @classmethod
     def tiny(cls) -> Self:
-        shape = {"vocabulary": None, "width": 32, "depth": 2, "heads": 4, "kv_heads": 2, "mlp_width": 64}
+        shape = {
+            "vocabulary": None,
+            "width": 32,
+            "depth": 2,
+            "heads": 4,
+            "kv_heads": 2,
+            "mlp_width": 64,
+            "context_length": 512,
+        }
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return cls.build(cls.Config.model_validate({"shape": {**shape, "context_length": 512}}))
+            return cls.build(cls.Config.model_validate({"pretrained": None, "shape": shape}))
 
     @classmethod
-    def read_config(cls, source: str) -> PreTrainedConfig:
-        """The configuration of a checkpoint; a subclass refuses those that it does not take.
+    def check_config(cls, source: str, config: PreTrainedConfig) -> None:
+        """Checks the configuration of a checkpoint; a subclass refuses those that it does not take.
 
         Raises:
-            CheckpointError: it is missing, or of another architecture.
+            CheckpointError: it is of another architecture, or not what its hub id stands for.
         """
-        return read_config(source)
+        if source in BY_SOURCE:
+            BY_SOURCE[source].check(source, config)
 
     @classmethod
-    def random_config(cls, shape: Shape, vocabulary: int) -> PreTrainedConfig:
+    def has_template(cls, source: str) -> bool:
+        """Whether `read_tokenizer` gives a chat template; known of published models, else read from small files."""
+        preset = BY_SOURCE.get(source)
+        return has_chat_template(source) if preset is None else preset.chat
+
+    @classmethod
+    def read_tokenizer(cls, source: str) -> PreTrainedTokenizerBase:
+        """The tokenizer of a checkpoint."""
+        return load_tokenizer(source)
+
+    @classmethod
+    def random_config(cls, config: CausalConfig, vocabulary: int) -> PreTrainedConfig:
         """The architecture of random weights: Llama's."""
-        return LlamaConfig(**shape_arguments(shape, vocabulary))
+        return LlamaConfig(**shape_arguments(config.architecture, vocabulary))
 
     def check_head(self) -> None:
         """Checks that logits are the output head's, on the hidden states, and nothing more.
@@ -127,6 +170,14 @@ class CausalLM(LanguageModel):
                 f"{type(self.model).__name__} is not supported: it post-processes the logits of its output head "
                 "(scales or caps them), and chiasm applies the head to single hidden states; choose a model without"
             )
+
+    # what learns
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """All parameters; with LoRA its matrices alone; of a quantised model without LoRA none."""
+        if self._learned is None:
+            return super().trainable()
+        return {f"model.{name}": p for name, p in self.model.named_parameters() if name in self._learned}
 
     # text
 
@@ -248,65 +299,6 @@ def shape_arguments(shape: Shape, vocabulary: int) -> dict[str, Any]:
         "bos_token_id": None,
         "eos_token_id": None,
     }
-
-
-def random_weights(config: PreTrainedConfig) -> PreTrainedModel:
-    """A model with random weights from torch's global generator, in float32 and in eval mode."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(
-        config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
-    )
-    return model.eval()
-
-
-@dataclass(frozen=True, slots=True)
-class _Measured:
-    width: int
-    vocabulary: int
-    parameters: int
-
-
-_measured: dict[str, _Measured] = {}
-
-
-def _measure(config: PreTrainedConfig) -> _Measured:
-    """Sizes of the model that a configuration makes, counted on the meta device."""
-    name = config.model_type
-    try:
-        with torch.device("meta"):
-            model = random_weights(config)
-    except Exception as error:  # an architecture's own reasons, of any type
-        raise CheckpointError(f"transformers cannot make a causal language model of {name!r}: {error}") from error
-    wanted = {"inputs_embeds", "attention_mask", "position_ids", "use_cache"}
-    lacking = wanted - set(inspect.signature(model.get_decoder().forward).parameters)
-    head = model.get_output_embeddings()
-    if lacking or head is None:
-        what = f"takes no {', '.join(sorted(lacking))}" if lacking else "has no output head"
-        raise CheckpointError(f"{type(model).__name__} ({name!r}) is not supported: it {what}")
-    return _Measured(
-        width=model.get_input_embeddings().weight.shape[1],
-        vocabulary=head.weight.shape[0],
-        parameters=sum(p.numel() for p in model.parameters()),
-    )
-
-
-def _geometry(config: PreTrainedConfig, chat_template: bool) -> LanguageModelSpec:
-    text = config.get_text_config(decoder=True)
-    context = getattr(text, "max_position_embeddings", None)
-    if context is None:
-        raise CheckpointError(f"{config.model_type!r} is not supported: its configuration states no context length")
-    # a study plans one language model in hundreds of combinations
-    key = config.to_json_string(use_diff=False)
-    if key not in _measured:
-        _measured[key] = _measure(config)
-    measured = _measured[key]
-    return LanguageModelSpec(
-        width=measured.width,
-        vocabulary=measured.vocabulary,
-        context_length=context,
-        depth=text.num_hidden_layers,
-        parameters=measured.parameters,
-        chat_template=chat_template,
-    )
 
 
 def _random_tokenizer(config: CausalConfig) -> PreTrainedTokenizerBase:

@@ -17,6 +17,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -42,12 +43,15 @@ def read_config(source: str) -> PreTrainedConfig:
         raise CheckpointError(_explain(source, "configuration", error)) from error
 
 
-def load_weights(source: str, config: PreTrainedConfig | None = None) -> PreTrainedModel:
+def load_weights(
+    source: str, config: PreTrainedConfig | None = None, quantization: BitsAndBytesConfig | None = None
+) -> PreTrainedModel:
     """A causal language model with the weights of a checkpoint, in float32 on the CPU and in eval mode.
 
     Args:
         source: hub id or absolute path of a folder.
         config: as `read_config` gives it; None: reads it.
+        quantization: how to quantise it; then it is on the GPU, and in bfloat16 where it is not quantised.
 
     Raises:
         CheckpointError: weights are missing, too many, not safetensors, or of another architecture.
@@ -56,7 +60,8 @@ def load_weights(source: str, config: PreTrainedConfig | None = None) -> PreTrai
         model, info = AutoModelForCausalLM.from_pretrained(
             source,
             config=config or read_config(source),
-            dtype=torch.float32,
+            dtype=torch.float32 if quantization is None else torch.bfloat16,
+            quantization_config=quantization,
             attn_implementation="sdpa",
             use_safetensors=True,
             trust_remote_code=False,

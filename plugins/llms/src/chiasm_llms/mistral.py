@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 from chiasm.errors import CheckpointError
 from chiasm.llm import LanguageModelConfig
 from chiasm_llms.causal import CausalLM, shape_arguments
-from chiasm_llms.settings import MistralConfig, MistralShape, Shape
+from chiasm_llms.settings import CausalConfig, MistralConfig, MistralShape
 
 
 class MistralLM(CausalLM):
@@ -22,17 +22,17 @@ class MistralLM(CausalLM):
     Config: ClassVar[type[LanguageModelConfig]] = MistralConfig
 
     @classmethod
-    def read_config(cls, source: str) -> PreTrainedConfig:
-        config = super().read_config(source)
+    def check_config(cls, source: str, config: PreTrainedConfig) -> None:
         if config.model_type != "mistral":
             raise CheckpointError(
                 f"{source!r} holds a model of type {config.model_type!r}, wanted 'mistral'; "
                 "the language model `causal` takes any type"
             )
-        return config
+        super().check_config(source, config)
 
     @classmethod
-    def random_config(cls, shape: Shape, vocabulary: int) -> PreTrainedConfig:
+    def random_config(cls, config: CausalConfig, vocabulary: int) -> PreTrainedConfig:
         """The architecture of random weights: Mistral's."""
+        shape = config.architecture
         assert isinstance(shape, MistralShape)
         return transformers.MistralConfig(**shape_arguments(shape, vocabulary), sliding_window=shape.window)

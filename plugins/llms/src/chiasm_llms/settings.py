@@ -10,6 +10,28 @@ from chiasm.llm import LanguageModelConfig
 from chiasm.settings import Settings, Source
 from chiasm_llms.byte_tokenizer import BYTE_VOCABULARY
 
+Quantize = Literal["8bit", "4bit"]
+"""How many bits hold a weight."""
+
+
+class Lora(Settings):
+    """Low-rank adaptation: what a stage that trains the model trains instead of its weights (arXiv 2106.09685)."""
+
+    rank: int = Field(default=16, gt=0)
+    """Rows of A and columns of B."""
+    alpha: float = Field(default=32, gt=0)
+    """The product B A is scaled by alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """On the input of A, in training."""
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """The layers: all linear ones but the output head, or those of these names, such as `q_proj`."""
+
+    @model_validator(mode="after")
+    def _some_target(self) -> Self:
+        if self.targets == ():
+            raise ValueError("targets is empty; name linear layers, or say all-linear")
+        return self
+
 
 class Shape(Settings):
     """The shape of a model with random weights: the Llama family's blocks (arXiv 2302.13971, section 2.2)."""
@@ -49,6 +71,10 @@ class CausalConfig(LanguageModelConfig):
     tokenizer: Annotated[Literal["bytes"] | Source | None, Field(union_mode="left_to_right")] = None
     """Hub id or folder of another tokenizer; `bytes`: one token for each byte, without any file. null: the
     checkpoint's, or `bytes` for random weights."""
+    lora: Lora | None = None
+    """Train low-rank matrices beside the frozen weights; null: where a stage trains the model, all of it learns."""
+    quantize: Quantize | None = None
+    """Hold the weights in 8 or 4 bits (a GPU, and `chiasm-llms[quantize]`); they can learn by `lora` alone."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
@@ -60,6 +86,8 @@ class CausalConfig(LanguageModelConfig):
             raise ValueError(
                 f"tokenizer 'bytes' is for random weights, and {self.pretrained!r} has its own; leave it out"
             )
+        if self.pretrained is None and self.quantize is not None:
+            raise ValueError("quantize is for the weights of a checkpoint; name one with pretrained, or leave it out")
         vocabulary = self.architecture.vocabulary
         if self.random_tokenizer == "bytes" and vocabulary is not None and vocabulary < BYTE_VOCABULARY:
             raise ValueError(
