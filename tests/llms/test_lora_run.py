@@ -157,7 +157,8 @@ def test_exactly_the_matrices_learn(llama: str) -> None:
 @torch.no_grad()
 def test_frequencies_of_positions_keep_float32(zoo: Any, tmp_path: Path) -> None:
     """Rounded to bfloat16 they would turn far positions by another angle; weights alone cost a little accuracy."""
-    model = zoo.random_model("llama", max_position_embeddings=4096, initializer_range=0.1)
+    wide = {"hidden_size": 128, "num_attention_heads": 2, "max_position_embeddings": 4096, "initializer_range": 0.1}
+    model = zoo.random_model("llama", **wide)
     folder = zoo.save(tmp_path / "long", model)
     values = run_of({"name": "causal", "pretrained": folder}) | {"precision": "bfloat16"}
     values["stages"] = values["stages"][:1]
