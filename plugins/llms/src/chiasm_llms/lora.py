@@ -17,7 +17,7 @@ def add_lora(model: PreTrainedModel, lora: Lora) -> frozenset[str]:
     """Gives each target layer `W x` the term `(alpha / rank) B A dropout(x)`, and freezes everything else.
 
     B is zero, so the model gives what it gave before; A is drawn from torch's global generator (equation 3 and section
-    4.1). Both are float32 where the weights are.
+    4.1). Both are float32.
 
     Args:
         model: changed in place; its mode stays.
@@ -53,7 +53,11 @@ def add_lora(model: PreTrainedModel, lora: Lora) -> frozenset[str]:
     )
     inject_adapter_in_model(config, model)
     model.train(training)
-    return frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    learned = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for parameter in learned.values():
+        # beside quantised weights peft makes them bfloat16, in which small steps vanish
+        parameter.data = parameter.data.float()
+    return frozenset(learned)
 
 
 def linear_layers(model: PreTrainedModel) -> list[str]:
