@@ -127,6 +127,19 @@ class LanguageModel(nn.Module, ABC):
     def tiny(cls) -> Self:
         """A small instance with random weights for tests: made on the CPU in well under a second."""
 
+    @classmethod
+    def activation_bytes(cls, config: LanguageModelConfig, positions: int, *, trained: bool) -> int | None:
+        """Bytes that one sequence keeps between forward and backward, with bfloat16 computation on a GPU.
+
+        `chiasm plan` estimates memory with it. None, where it is not known, leaves the estimate out.
+
+        Args:
+            config: of the model; no weight is loaded.
+            positions: of the sequence.
+            trained: the model learns; else only what is before it does.
+        """
+        return None
+
     # what learns
 
     def trainable(self) -> dict[str, nn.Parameter]:

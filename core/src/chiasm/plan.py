@@ -10,10 +10,12 @@ import torch
 from pydantic import ValidationError
 
 from chiasm.config import PARTS, Part, RunConfig, resolve
+from chiasm.cost import RunCost, SampleSize, run_cost
 from chiasm.errors import ChiasmError
 from chiasm.features import SequenceSpec
 from chiasm.llm import FIXED_LLM, LanguageModelSpec
-from chiasm.prompt import LEARNED
+from chiasm.prompt import learned_vectors
+from chiasm.views import Views
 
 
 @dataclass(slots=True)
@@ -22,16 +24,18 @@ class RunPlan:
 
     problems: list[str] = field(default_factory=list)
     """Why the run cannot work; empty for a valid run."""
+    views: tuple[int, int] | None = None
+    """The fewest and the most views of an image."""
     visual_tokens: int | None = None
-    """Of one image."""
+    """Of one image; the most that it can have where tiles make them differ."""
     sequence: SequenceSpec | None = None
     """What the fusion gives."""
     context_length: int | None = None
     parameters: dict[Part, int] = field(default_factory=dict)
     trained: dict[Part, int] = field(default_factory=dict)
     """Parameters that some stage trains."""
-    encoder_flops: int | None = None
-    """Floating-point operations to encode one image."""
+    cost: RunCost | None = None
+    """Operations and memory; None for a run that cannot work."""
 
     @property
     def valid(self) -> bool:
@@ -42,16 +46,22 @@ class RunPlan:
         return {
             "valid": self.valid,
             "problems": self.problems,
+            "views": self.views,
             "visual_tokens": self.visual_tokens,
             "context_length": self.context_length,
             "parameters": dict(self.parameters),
             "trained": dict(self.trained),
-            "encoder_flops": self.encoder_flops,
+            **(self.cost.summary() if self.cost else {}),
         }
 
 
-def plan_run(run: RunConfig) -> RunPlan:
-    """Plans a run from the specs of its parts; no weight is loaded and no data is read."""
+def plan_run(run: RunConfig, sample: SampleSize | None = None) -> RunPlan:
+    """Plans a run from the specs of its parts; no weight is loaded and no data is read.
+
+    Args:
+        run: as `load_run` gives it.
+        sample: the sample whose cost is estimated; None leaves the estimate out.
+    """
     plan = RunPlan()
 
     def attempt(where: str, step: Callable[[], Any]) -> Any:
@@ -79,11 +89,10 @@ def plan_run(run: RunConfig) -> RunPlan:
     llm: LanguageModelSpec | None = attempt("llm", lambda: spec("llm", run.llm))
     if None not in encoders:
         plan.parameters["encoders"] = sum(encoder.parameters for encoder in encoders)
-        plan.encoder_flops = sum(encoder.flops for encoder in encoders)
     if llm is not None:
         plan.context_length = llm.context_length
         plan.parameters["llm"] = llm.parameters
-        plan.parameters["tokens"] = len(LEARNED) * llm.width
+        plan.parameters["tokens"] = learned_vectors(run.tokens) * llm.width
         if "llm" in run.trained and not llm.trainable:
             plan.problems.append(f"llm: {FIXED_LLM}")
         if run.tokens.turns == "template" and not llm.chat_template:
@@ -102,17 +111,23 @@ def plan_run(run: RunConfig) -> RunPlan:
     if out is None:
         return _finish(plan, run, llm)
     plan.parameters["adapter"] = count("adapter", run.vision.adapter, plan.sequence, llm.width)
-    plan.visual_tokens = out.tokens
+    views = attempt("vision.image", lambda: Views(run.vision.image, encoders[0].image, out))
+    if views is None:
+        return _finish(plan, run, llm)
+    plan.views, plan.visual_tokens = views.counts, views.most_tokens
     if out.width != llm.width:
         plan.problems.append(
             f"vision.adapter: {run.vision.adapter.name!r} gives width {out.width}, the language model has {llm.width}"
         )
-    needed = out.tokens + len(run.tokens.image) + 2
+    needed = plan.visual_tokens + len(run.tokens.image) + len(run.tokens.views) * (views.counts[1] - 1) + 2
     if needed >= llm.context_length:
         plan.problems.append(
-            f"llm: the context of {llm.context_length} positions is too short for {out.tokens} visual tokens with any "
-            "text; choose an encoder or adapter with fewer tokens, or a longer context"
+            f"llm: the context of {llm.context_length} positions is too short for {plan.visual_tokens} visual tokens "
+            f"({views.counts[1]} views of an image) with any text; choose an encoder or adapter with fewer tokens, "
+            "fewer tiles, or a longer context"
         )
+    if sample is not None and plan.valid:
+        plan.cost = run_cost(run, encoders, llm, views.counts[1], plan.visual_tokens, plan.parameters, sample)
     return _finish(plan, run, llm)
 
 

@@ -16,41 +16,38 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON for a
 
 @click.command()
 @click.argument("file", type=EXISTING)
+@click.option("--text", default=64, show_default=True, help="Positions of text in the sample that is costed.")
+@click.option("--answer", default=32, show_default=True, help="Those of its answer.")
+@click.option("--gpu-memory", type=float, help="GiB of the GPU; names the cells whose steps are to take more.")
 @as_json
-def plan(file: Path, as_json: bool) -> None:
+def plan(file: Path, text: int, answer: int, gpu_memory: float | None, as_json: bool) -> None:
     """Say what a RUN or STUDY file would do, without loading a weight.
 
-    For each cell: whether its parts fit and why not, visual tokens of one image, parameters trained and frozen.
-    Exits with 1 if a cell cannot work.
+    For each cell: whether its parts fit and why not, visual tokens of one image, parameters by part, operations of
+    one sample in training and to answer, and the peak memory of a step on one GPU. Exits with 1 if a cell cannot work.
     """
     from chiasm.config import load_run
+    from chiasm.cost import SampleSize
     from chiasm.plan import plan_run
     from chiasm.yamlfile import load_yaml
     from chiasm_experiments.study.cells import make_cells, make_trials
     from chiasm_experiments.study.config import Study, is_study
+    from chiasm_experiments.study.plans import plans_as_text
 
+    sample = SampleSize(text, answer)
     if is_study(load_yaml(file)):
         study = Study(file)
-        cells = make_cells(study)
+        cells = make_cells(study, sample)
         plans = [(cell.label, cell.plan) for cell in cells]
         head = f"{study.config.name}: {len(cells)} cells x {len(study.config.seeds)} seeds = "
         head += f"{len(make_trials(study, cells))} trials"
     else:
-        plans, head = [(file.stem, plan_run(load_run(file)))], f"{file.name}: one run"
+        plans, head = [(file.stem, plan_run(load_run(file), sample))], f"{file.name}: one run"
     if as_json:
         click.echo(json.dumps({"cells": [{"label": label, **item.summary()} for label, item in plans]}, indent=2))
     else:
         click.echo(head)
-        for label, item in plans:
-            trained, total = sum(item.trained.values()), sum(item.parameters.values())
-            if item.valid:
-                click.echo(
-                    f"  {label}: {item.visual_tokens} visual tokens of a context of {item.context_length}; "
-                    f"{trained / 1e6:.2f} M parameters trained, {(total - trained) / 1e6:.2f} M frozen; "
-                    f"{(item.encoder_flops or 0) / 1e9:.2f} GFLOP to encode an image"
-                )
-            for problem in item.problems:
-                click.echo(f"  {label}: CANNOT WORK: {problem}")
+        click.echo(plans_as_text(plans, sample, gpu_memory))
     if not all(item.valid for _, item in plans):
         raise SystemExit(1)
 

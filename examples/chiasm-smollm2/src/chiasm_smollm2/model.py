@@ -18,6 +18,8 @@ GEOMETRY = LanguageModelSpec(
     width=576, vocabulary=49152, context_length=8192, depth=30, parameters=134_515_008, chat_template=True
 )
 
+SHAPE = Shape(vocabulary=49152, width=576, depth=30, heads=9, kv_heads=3, mlp_width=1536, context_length=8192)
+
 
 class SmolLM2Config(LanguageModelConfig):
     """Which weights."""
@@ -44,6 +46,11 @@ class SmolLM2(CausalLM):
         """Known facts: nothing is read."""
         assert isinstance(config, SmolLM2Config)
         return GEOMETRY if config.shape is None else CausalLM.spec(CausalConfig(shape=config.shape))
+
+    @classmethod
+    def activation_bytes(cls, config: LanguageModelConfig, positions: int, *, trained: bool) -> int | None:
+        assert isinstance(config, SmolLM2Config)
+        return super().activation_bytes(CausalConfig(shape=config.shape or SHAPE), positions, trained=trained)
 
     @classmethod
     def build(cls, config: LanguageModelConfig) -> Self:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from chiasm.config import RunConfig, include_data, parse_run
+from chiasm.cost import SampleSize
 from chiasm.errors import ConfigError
 from chiasm.plan import RunPlan, plan_run
 from chiasm.yamlfile import Document, Location, Problem
@@ -62,8 +63,12 @@ class Trial:
         return {**self.cell.levels, "seed": self.seed}
 
 
-def make_cells(study: Study) -> list[Cell]:
+def make_cells(study: Study, sample: SampleSize | None = None) -> list[Cell]:
     """Every combination of the factors' levels, in the order of the file.
+
+    Args:
+        study: as its file gives it.
+        sample: the sample whose cost each plan estimates; None leaves the estimate out.
 
     Raises:
         ConfigError: a factor names no field of the run, or a level is no value for it; with file, line and field.
@@ -76,7 +81,7 @@ def make_cells(study: Study) -> list[Cell]:
         run = _make_run(
             study, {path: (label, value) for path, (label, value) in zip(factors, combination, strict=True)}
         )
-        cells.append(Cell(labels, run, plan_run(run)))
+        cells.append(Cell(labels, run, plan_run(run, sample)))
     return cells
 
 

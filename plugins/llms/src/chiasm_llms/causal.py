@@ -26,6 +26,7 @@ from chiasm_llms.byte_tokenizer import BYTE_VOCABULARY, byte_tokenizer
 from chiasm_llms.checkpoint import has_chat_template, load_tokenizer, load_weights, read_config
 from chiasm_llms.geometry import geometry, random_weights
 from chiasm_llms.lora import add_lora
+from chiasm_llms.memory import activation_bytes
 from chiasm_llms.presets import BY_SOURCE
 from chiasm_llms.quantization import quantization
 from chiasm_llms.settings import CausalConfig, Shape
@@ -81,16 +82,29 @@ class CausalLM(LanguageModel):
     @classmethod
     def spec(cls, config: LanguageModelConfig) -> LanguageModelSpec:
         assert isinstance(config, CausalConfig)
+        shape = cls._shape(config)
         if config.pretrained is None:
             tokenizer = config.random_tokenizer
             template = tokenizer == "bytes" or cls.has_template(str(tokenizer))
-            shape = cls.random_config(config, _vocabulary(config))
         else:
-            preset = BY_SOURCE.get(config.pretrained)
-            shape = read_config(config.pretrained) if preset is None else preset.config()
-            cls.check_config(config.pretrained, shape)
             template = cls.has_template(config.tokenizer or config.pretrained)
         return geometry(shape, chat_template=template, lora=config.lora, quantize=config.quantize)
+
+    @classmethod
+    def activation_bytes(cls, config: LanguageModelConfig, positions: int, *, trained: bool) -> int | None:
+        if not isinstance(config, CausalConfig):  # a subclass with settings of its own says what they stand for
+            return None
+        return activation_bytes(cls._shape(config), config.lora, positions, trained=trained)
+
+    @classmethod
+    def _shape(cls, config: CausalConfig) -> PreTrainedConfig:
+        """The configuration of transformers that a run's choice stands for."""
+        if config.pretrained is None:
+            return cls.random_config(config, _vocabulary(config))
+        preset = BY_SOURCE.get(config.pretrained)
+        shape = read_config(config.pretrained) if preset is None else preset.config()
+        cls.check_config(config.pretrained, shape)
+        return shape
 
     @classmethod
     def build(cls, config: LanguageModelConfig) -> Self:

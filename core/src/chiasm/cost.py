@@ -1,0 +1,213 @@
+"""What a run costs, estimated from specs and fake tensors: operations of a sample, and memory of a step.
+
+Shape letters: B views, L layers, N tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from chiasm.adapter import Adapter
+from chiasm.config import Part, RunConfig, StageConfig, resolve
+from chiasm.encoder import EncoderSpec
+from chiasm.features import Features, FeatureSpec
+from chiasm.fusion import Fusion
+from chiasm.llm import LanguageModelSpec
+
+HALF, FULL = 2, 4
+"""Bytes of bfloat16, in which a GPU computes and holds what is frozen, and of float32, for what learns."""
+ADAM_BYTES = 8
+"""Two float32 moments of each trained parameter."""
+LOGIT_BYTES = 16
+"""Of each logit: bfloat16, float32, its logarithm of the softmax, and their gradients at the worst moment."""
+
+
+@dataclass(frozen=True, slots=True)
+class SampleSize:
+    """The sample for which a cost is given: one image with the most views that it can have, and so much text."""
+
+    text: int = 64
+    """Positions of text and learned vectors, the answer's among them."""
+    answer: int = 32
+    """Supervised positions, and the tokens of a generated answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectorCost:
+    """Fusion and adapter together, for one view."""
+
+    flops: int
+    """Of a forward pass."""
+    saved_bytes: int
+    """Kept for the backward pass."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageCost:
+    """What one stage takes."""
+
+    flops: int
+    """Of one sample, forward and backward."""
+    gpu_bytes: int | None
+    """Peak memory of a step on one GPU in bfloat16; None where the language model does not say what it keeps."""
+    micro_batch: int
+    """Samples at once for which the memory holds."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunCost:
+    """What a run takes; a multiply-add counts two operations."""
+
+    sample: SampleSize
+    positions: int
+    """Of the sample's sequence."""
+    encode: int
+    """Operations to encode its image."""
+    connect: int
+    """Of fusion and adapter, forward."""
+    llm: int
+    """Of the language model, forward."""
+    inference: int
+    """To answer: encoding, connecting, reading the prompt, and writing the answer with a key-value cache."""
+    stages: dict[str, StageCost]
+
+    def summary(self) -> dict[str, Any]:
+        """As plain values, for `--json`."""
+        return {
+            "text_positions": self.sample.text,
+            "answer_positions": self.sample.answer,
+            "positions": self.positions,
+            "flops": {
+                "encode": self.encode,
+                "connect": self.connect,
+                "llm": self.llm,
+                "inference": self.inference,
+                "train": {name: stage.flops for name, stage in self.stages.items()},
+            },
+            "gpu_bytes": {name: stage.gpu_bytes for name, stage in self.stages.items()},
+            "micro_batch": {name: stage.micro_batch for name, stage in self.stages.items()},
+        }
+
+
+def run_cost(
+    run: RunConfig,
+    encoders: Sequence[EncoderSpec],
+    llm: LanguageModelSpec,
+    views: int,
+    visual_tokens: int,
+    parameters: dict[Part, int],
+    sample: SampleSize,
+) -> RunCost:
+    """The cost of a run whose parts fit.
+
+    Args:
+        run: the run.
+        encoders: the geometry of each encoder.
+        llm: that of the language model.
+        views: the most views of an image.
+        visual_tokens: of an image with so many views.
+        parameters: of each part.
+        sample: the text beside the image.
+    """
+    connector = connector_cost(run, [encoder.features for encoder in encoders], llm.width)
+    llm_class, llm_config = resolve("llm", run.llm)
+    positions = visual_tokens + len(run.tokens.views) * (views - 1) + sample.text
+    encode = views * sum(encoder.flops for encoder in encoders)
+    connect = views * connector.flops
+    forward = llm.flops(positions, sample.answer)
+    features = sum(encoder.features.layers * encoder.features.tokens * encoder.width for encoder in encoders)
+    stages = {}
+    for stage in run.stages:
+        kept = llm_class.activation_bytes(llm_config, positions, trained="llm" in stage.train)
+        if kept is not None:
+            kept += views * (features * HALF + connector.saved_bytes) + sample.answer * llm.vocabulary * LOGIT_BYTES
+        stages[stage.name] = StageCost(
+            flops=_train_flops(stage, llm, positions, sample.answer, encode, connect),
+            gpu_bytes=None if kept is None else _train_bytes(run, stage, llm, parameters, kept),
+            micro_batch=_micro_batch(stage),
+        )
+    return RunCost(sample, positions, encode, connect, forward, encode + connect + forward, stages)
+
+
+def connector_cost(run: RunConfig, features: Sequence[FeatureSpec], llm_width: int) -> ConnectorCost:
+    """The cost of a run's fusion and adapter, by running them on fake tensors: no number is computed."""
+    fusion_class, fusion_config = resolve("fusion", run.vision.fusion)
+    adapter_class, adapter_config = resolve("adapter", run.vision.adapter)
+    with FakeTensorMode():
+        fusion: Fusion = fusion_class(fusion_config, features, llm_width)
+        adapter: Adapter = adapter_class(adapter_config, fusion.out, llm_width)
+        connector = nn.ModuleList([fusion, adapter]).train()
+
+        def forward(views: int) -> Tensor:
+            tokens = [torch.empty(views, spec.layers, spec.grid[0] * spec.grid[1], spec.width) for spec in features]
+            given = [Features(item, spec.grid) for item, spec in zip(tokens, features, strict=True)]
+            visual: Tensor = adapter(fusion(given)).tokens
+            return visual
+
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            forward(1)
+        with torch.autocast("cpu", torch.bfloat16):
+            # the difference leaves out the copies of the weights, which do not grow with the views
+            saved = saved_bytes(lambda: forward(2), connector) - saved_bytes(lambda: forward(1), connector)
+    return ConnectorCost(counter.get_total_flops(), saved)
+
+
+def saved_bytes(forward: Callable[[], Tensor], module: nn.Module) -> int:
+    """Bytes that a forward pass keeps for its backward pass, the parameters themselves left out."""
+    own = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
+    kept: dict[int, Any] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage  # held, so that no other storage takes its place
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = forward()
+    assert result is not None
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def _micro_batch(stage: StageConfig) -> int:
+    return stage.micro_batch_size or stage.batch_size
+
+
+def _train_flops(
+    stage: StageConfig, llm: LanguageModelSpec, positions: int, answer: int, encode: int, connect: int
+) -> int:
+    """Forward and backward of one sample: a matrix costs one forward for each of the two gradients that are needed."""
+    trained = set(stage.train)
+    forward = llm.flops(positions, answer)
+    matrices = 2 * (llm.matrix_parameters * positions + llm.head_parameters * answer)
+    total = encode + connect + forward
+    if "encoders" in trained:
+        total += 2 * encode
+    if trained & {"encoders", "fusion", "adapter"}:
+        total += 2 * connect
+    total += matrices + 2 * (forward - matrices)  # gradients of the inputs; attention has no weights but two inputs
+    if "llm" in trained:
+        total += matrices if llm.trainable == llm.parameters else 2 * llm.trainable * positions
+    return total
+
+
+def _train_bytes(
+    run: RunConfig, stage: StageConfig, llm: LanguageModelSpec, parameters: dict[Part, int], kept: int
+) -> int:
+    """Peak memory of a step: weights, moments, and what a micro-batch keeps or, where it is more, the gradients."""
+    learns = {**parameters, "llm": llm.trainable}
+    frozen = sum(count for part, count in parameters.items() if part != "llm" and part not in run.trained) * HALF
+    still = parameters["llm"] - (llm.trainable if "llm" in run.trained else 0)
+    packed = min(still, llm.matrix_parameters) if llm.matrix_bits else 0
+    frozen += (still - packed) * HALF + packed * (llm.matrix_bits or 0) // 8
+    # what any stage trains is float32 throughout, and computed with in a bfloat16 copy
+    held = sum(learns[part] for part in run.trained) * (FULL + HALF)
+    learning = sum(learns[part] for part in stage.train)
+    return frozen + held + learning * ADAM_BYTES + max(_micro_batch(stage) * kept, learning * FULL)
