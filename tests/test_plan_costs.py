@@ -1,4 +1,4 @@
-"""What a plan says of cost, against what running the model takes: operations counted by torch, bytes kept by autograd."""
+"""What a plan says of cost: operations as torch counts them in a real step, bytes as autograd keeps them."""
 
 from __future__ import annotations
 
