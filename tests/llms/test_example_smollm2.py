@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
 from chiasm.errors import CheckpointError
+from chiasm_llms.presets import BY_SOURCE
 
 conversion = pytest.importorskip("chiasm_smollm2.conversion")
 smollm2 = pytest.importorskip("chiasm_smollm2.model")
@@ -128,7 +129,11 @@ def test_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_configuration() -> None:
     config = smollm2.SmolLM2Config
-    assert smollm2.SmolLM2.spec(config()) == smollm2.SmolLM2.spec(config(pretrained=None)) == smollm2.GEOMETRY
+    spec = smollm2.SmolLM2.spec(config())
+    assert spec == smollm2.SmolLM2.spec(config(pretrained=None))
+    assert (spec.parameters, spec.trainable, spec.chat_template) == (134_515_008, 134_515_008, True)
+    low = smollm2.SmolLM2.spec(config.model_validate({"lora": {"rank": 2, "targets": ["up_proj"]}}))
+    assert low.trainable == low.parameters - spec.parameters == 30 * 2 * (576 + 1536)
     with pytest.raises(ValidationError, match="set pretrained to null"):
         config.model_validate({"shape": {}})
     with pytest.raises(ValidationError, match="instruct"):
@@ -140,10 +145,14 @@ def test_configuration() -> None:
 @torch.no_grad()
 def test_it_answers() -> None:
     llm = smollm2.SmolLM2.build(smollm2.SmolLM2Config())
-    assert sum(p.numel() for p in llm.parameters()) == smollm2.GEOMETRY.parameters
+    assert sum(p.numel() for p in llm.parameters()) == llm.geometry.parameters
+    # the published file is what the table of published models says
     found = llm.model.config
-    assert (found.hidden_size, found.vocab_size) == (smollm2.GEOMETRY.width, smollm2.GEOMETRY.vocabulary)
-    assert (found.num_hidden_layers, found.max_position_embeddings) == (30, smollm2.GEOMETRY.context_length)
+    preset = BY_SOURCE["HuggingFaceTB/SmolLM2-135M-Instruct"]
+    preset.check("the package", found)
+    assert found.max_position_embeddings == llm.geometry.context_length
+    assert found.rope_parameters["rope_theta"] == preset.base
+    assert found.rms_norm_eps == pytest.approx(preset.epsilon)
     # the ids of the published tokenizer, known from transformers' own reading of it
     assert llm.tokenize("The capital of France is") == [504, 3575, 282, 4649, 314]
     assert (llm.bos_id, llm.eos_id, llm.special_ids) == (None, 2, set(range(17)))
@@ -161,6 +170,15 @@ def test_it_answers() -> None:
 def test_the_control_has_its_architecture_and_tokenizer() -> None:
     torch.manual_seed(0)
     llm = smollm2.SmolLM2.build(smollm2.SmolLM2Config(pretrained=None))
-    assert sum(p.numel() for p in llm.parameters()) == smollm2.GEOMETRY.parameters
+    assert sum(p.numel() for p in llm.parameters()) == llm.geometry.parameters
     assert llm.tokenize("The capital of France is") == [504, 3575, 282, 4649, 314]
     assert llm.model.get_decoder().layers[3].mlp.up_proj.weight.std().item() == pytest.approx(576**-0.5, rel=0.02)
+
+
+@torch.no_grad()
+def test_lora_on_a_small_one() -> None:
+    shape = smollm2.Shape(width=32, depth=2, heads=4, kv_heads=2, mlp_width=64)
+    given = {"pretrained": None, "shape": shape, "lora": {"rank": 2}}
+    llm = smollm2.SmolLM2.build(smollm2.SmolLM2Config.model_validate(given))
+    assert sum(p.numel() for p in llm.trainable().values()) == llm.geometry.trainable < llm.geometry.parameters
+    assert sum(p.numel() for p in llm.parameters()) == llm.geometry.parameters

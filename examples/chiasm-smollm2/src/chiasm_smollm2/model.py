@@ -10,13 +10,11 @@ from pydantic import model_validator
 from chiasm.llm import LanguageModelConfig, LanguageModelSpec
 from chiasm_llms.causal import CausalLM
 from chiasm_llms.checkpoint import load_tokenizer, load_weights, read_config
-from chiasm_llms.geometry import random_weights
-from chiasm_llms.settings import CausalConfig, Shape
+from chiasm_llms.geometry import geometry, random_weights
+from chiasm_llms.lora import add_lora
+from chiasm_llms.presets import BY_SOURCE
+from chiasm_llms.settings import CausalConfig, Lora, Shape
 from chiasm_smollm2.conversion import converted
-
-GEOMETRY = LanguageModelSpec(
-    width=576, vocabulary=49152, context_length=8192, depth=30, parameters=134_515_008, chat_template=True
-)
 
 SHAPE = Shape(vocabulary=49152, width=576, depth=30, heads=9, kv_heads=3, mlp_width=1536, context_length=8192)
 
@@ -28,6 +26,8 @@ class SmolLM2Config(LanguageModelConfig):
     """`instruct`, or null for random weights: the same architecture and tokenizer as a control."""
     shape: Shape | None = None
     """A smaller model with random weights and one token for each byte, to try things out; null: SmolLM2's own."""
+    lora: Lora | None = None
+    """Train low-rank matrices beside the frozen weights; null: where a stage trains the model, all of it learns."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
@@ -45,22 +45,28 @@ class SmolLM2(CausalLM):
     def spec(cls, config: LanguageModelConfig) -> LanguageModelSpec:
         """Known facts: nothing is read."""
         assert isinstance(config, SmolLM2Config)
-        return GEOMETRY if config.shape is None else CausalLM.spec(CausalConfig(shape=config.shape))
+        if config.shape is not None:
+            return CausalLM.spec(CausalConfig(shape=config.shape, lora=config.lora))
+        published = BY_SOURCE["HuggingFaceTB/SmolLM2-135M-Instruct"]
+        return geometry(published.config(), chat_template=True, lora=config.lora)
 
     @classmethod
     def activation_bytes(cls, config: LanguageModelConfig, positions: int, *, trained: bool) -> int | None:
         assert isinstance(config, SmolLM2Config)
-        return super().activation_bytes(CausalConfig(shape=config.shape or SHAPE), positions, trained=trained)
+        plain = CausalConfig(shape=config.shape or SHAPE, lora=config.lora)
+        return super().activation_bytes(plain, positions, trained=trained)
 
     @classmethod
     def build(cls, config: LanguageModelConfig) -> Self:
         assert isinstance(config, SmolLM2Config)
         if config.shape is not None:
             plain = CausalLM.build(CausalConfig(shape=config.shape))
-            return cls(config, plain.model, plain.tokenizer)
-        folder = str(converted())
-        weights = random_weights(read_config(folder)) if config.pretrained is None else load_weights(folder)
-        return cls(config, weights, load_tokenizer(folder))
+            model, tokenizer = plain.model, plain.tokenizer
+        else:
+            folder = str(converted())
+            model = random_weights(read_config(folder)) if config.pretrained is None else load_weights(folder)
+            tokenizer = load_tokenizer(folder)
+        return cls(config, model, tokenizer, None if config.lora is None else add_lora(model, config.lora))
 
     @classmethod
     def tiny(cls) -> Self:
