@@ -24,7 +24,8 @@ class Lora(Settings):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """On the input of A, in training."""
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    """The layers: all linear ones but the output head, or those of these names, such as `q_proj`."""
+    """The layers: all linear ones but the output head, or those of these names, such as `q_proj`. The experts of a
+    mixture, which transformers stacks, are none."""
 
     @model_validator(mode="after")
     def _some_target(self) -> Self:
