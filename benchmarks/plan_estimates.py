@@ -1,4 +1,4 @@
-"""What `chiasm plan` estimates, beside what a step of training takes on a GPU: memory and operations.
+"""The memory that `chiasm plan` estimates, beside what steps of training take on a GPU.
 
 Random weights at real shapes; a step is what a run does, fused AdamW and bfloat16 included.
 
@@ -13,14 +13,13 @@ from typing import Any
 
 import torch
 from common import write_result
-from torch.utils.flop_counter import FlopCounterMode
 
 from chiasm.build import build_vlm
 from chiasm.config import RunConfig
 from chiasm.cost import SampleSize
 from chiasm.plan import plan_run
 from chiasm_experiments.data.mixture import load_mixture
-from chiasm_experiments.training.precision import autocast, place
+from chiasm_experiments.training.precision import place
 from chiasm_experiments.training.run import make_feed
 from chiasm_experiments.training.stage import train_stage
 from chiasm_experiments.training.workers import Workers
@@ -32,15 +31,15 @@ SMOL = {
     "tokenizer": "bytes",
     "shape": {"width": 576, "depth": 30, "heads": 9, "kv_heads": 3, "mlp_width": 1536, "vocabulary": 49152},
 }
-MISTRAL = {"name": "mistral", "tokenizer": "bytes", "shape": {"depth": 8}}
+MISTRAL = {"name": "mistral", "tokenizer": "bytes", "shape": {"depth": 6}}
 ALL = ["fusion", "adapter", "tokens", "llm"]
 CASES: dict[str, dict[str, Any]] = {
     "135M frozen, batch 32": {"llm": SMOL, "train": ALL[:3], "batch": 32},
     "135M in full, batch 32": {"llm": SMOL, "train": ALL, "batch": 32},
     "135M LoRA, batch 16": {"llm": SMOL | {"lora": {"rank": 16}}, "train": ALL, "batch": 16},
-    "8 blocks of Mistral-7B frozen, batch 16": {"llm": MISTRAL, "train": ALL[:3], "batch": 16},
-    "8 blocks of Mistral-7B in full, batch 8": {"llm": MISTRAL, "train": ALL, "batch": 8},
-    "8 blocks of Mistral-7B LoRA, batch 8": {"llm": MISTRAL | {"lora": {"rank": 64}}, "train": ALL, "batch": 8},
+    "6 blocks of Mistral-7B frozen, batch 16": {"llm": MISTRAL, "train": ALL[:3], "batch": 16},
+    "6 blocks of Mistral-7B in full, batch 8": {"llm": MISTRAL, "train": ALL, "batch": 8},
+    "6 blocks of Mistral-7B LoRA, batch 8": {"llm": MISTRAL | {"lora": {"rank": 64}}, "train": ALL, "batch": 8},
     "135M frozen, CLIP + DINOv2 by project_sum, batch 16": {
         "llm": SMOL,
         "train": ALL[:3],
@@ -86,10 +85,6 @@ def measure(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
     torch.cuda.reset_peak_memory_stats()
     train_stage(vlm, run, 0, mixture, feed, Workers(0, 1, device), lambda *_: None)
     peak = torch.cuda.max_memory_allocated()
-    batch = feed.batch(examples[:2], device)
-    with FlopCounterMode(display=False) as counter, autocast(run, device):
-        loss, _ = vlm(batch)
-        loss.backward()
     stage = cost.stages["s"]
     return {
         "positions": cost.positions,
@@ -97,9 +92,6 @@ def measure(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
         "estimated_gib": (stage.gpu_bytes or 0) / 2**30,
         "measured_gib": peak / 2**30,
         "memory_ratio": (stage.gpu_bytes or 0) / peak,
-        "estimated_gflop": stage.flops / 1e9,
-        "counted_gflop": counter.get_total_flops() / 2e9,
-        "flops_ratio": stage.flops / (counter.get_total_flops() / 2),
     }
 
 
@@ -112,13 +104,12 @@ def main() -> None:
         gc.collect()
         torch.cuda.empty_cache()
     worst = max((item["memory_ratio"] for item in figures.values()), key=lambda ratio: abs(ratio - 1))
-    flops = [item["flops_ratio"] for item in figures.values()]
     write_result(
         "plan_estimates",
         figures=figures,
         ratio=worst,
-        asked="estimated memory within 15 % of the measured peak, operations within 10 % of those that torch counts",
-        met=abs(worst - 1) <= 0.15 and all(abs(ratio - 1) <= 0.1 for ratio in flops),
+        asked="estimated memory within 15 % of the measured peak",
+        met=abs(worst - 1) <= 0.15,
     )
 
 

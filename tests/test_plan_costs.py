@@ -147,8 +147,8 @@ def test_memory_counts_weights_moments_and_what_is_kept():
     frozen, full = (plan_run(run_config(train), SampleSize()) for train in (["adapter"], ["adapter", "llm"]))
     cls, config = resolve("llm", run_config(["adapter"]).llm)
     vocabulary, sizes = plan_vocabulary(run_config(["adapter"])), frozen.parameters
-    features, connector = 2 * 16 * 64, 2 * 16 * (64 + 96 + 96)
-    kept = 4 * (features + connector + cls.activation_bytes(config, 80, trained=False) + 16 * 32 * vocabulary)
+    connector = 2 * 16 * (64 + 96 + 96)
+    kept = 4 * (connector + cls.activation_bytes(config, 80, trained=False) + 16 * 32 * vocabulary)
     adapter = sizes["adapter"]
     wanted = 2 * (sizes["encoders"] + sizes["llm"] + sizes["tokens"]) + 6 * adapter + 8 * adapter + kept
     assert frozen.cost.stages["s"].gpu_bytes == wanted

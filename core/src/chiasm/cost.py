@@ -122,12 +122,12 @@ def run_cost(
     encode = views * sum(encoder.flops for encoder in encoders)
     connect = views * connector.flops
     forward = llm.flops(positions, sample.answer)
-    features = sum(encoder.features.layers * encoder.features.tokens * encoder.width for encoder in encoders)
     stages = {}
     for stage in run.stages:
         kept = llm_class.activation_bytes(llm_config, positions, trained="llm" in stage.train)
         if kept is not None:
-            kept += views * (features * HALF + connector.saved_bytes) + sample.answer * llm.vocabulary * LOGIT_BYTES
+            # features that no trained layer keeps are gone when the language model's peak comes
+            kept += views * connector.saved_bytes + sample.answer * llm.vocabulary * LOGIT_BYTES
         stages[stage.name] = StageCost(
             flops=_train_flops(stage, llm, positions, sample.answer, encode, connect),
             gpu_bytes=None if kept is None else _train_bytes(run, stage, llm, parameters, kept),
