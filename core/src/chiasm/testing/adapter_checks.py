@@ -11,14 +11,27 @@ import torch
 from torch import Tensor, nn
 
 from chiasm.adapter import Adapter
-from chiasm.features import SequenceSpec, TokenSequence
+from chiasm.features import FeatureSpec, SequenceSpec, TokenSequence
 from chiasm.settings import Settings
 from chiasm.testing.check import Check, describe
 from chiasm.testing.common import calling, check_config, make_tiny, require
 from chiasm.testing.errors import ContractError
-from chiasm.testing.module_checks import Inputs, Probe, module_checks
+from chiasm.testing.model_checks import model_check
+from chiasm.testing.module_checks import module_checks
+from chiasm.testing.places import check_places
 from chiasm.testing.plugin_checks import light
-from chiasm.testing.sequence_checks import check_input_gradient, check_meta, check_refused, check_sequence
+from chiasm.testing.probe import Inputs, Probe
+from chiasm.testing.sequence_checks import (
+    check_input_gradient,
+    check_meta,
+    check_refused,
+    check_sequence,
+    check_strides,
+    move_tokens,
+)
+from chiasm.testing.spec_checks import MOST_PARAMETERS, accepted, cheap_spec, check_options, count_parameters
+from chiasm.testing.stand_ins import FlatConfig, StandInEncoder, StandInFusion, StandInLanguageModel, WidthConfig
+from chiasm.vlm import VLM
 
 
 class _AdapterProbe(Probe):
@@ -33,6 +46,11 @@ class _AdapterProbe(Probe):
     def inputs(self, module: Any, batch: int) -> Inputs:
         return (torch.randn(batch, module.sequence.tokens, module.sequence.width),)
 
+    def extremes(self, module: Any) -> dict[str, Inputs]:
+        inputs = self.inputs(module, 2)
+        zeros, large = tuple(torch.zeros_like(i) for i in inputs), tuple(100 * i for i in inputs)
+        return {"a sequence of zeros": zeros, "a sequence of hundreds": large}
+
     def run(self, module: Any, inputs: Inputs) -> Tensor:
         tokens: Tensor = module(TokenSequence(inputs[0], module.sequence.grid)).tokens
         return tokens
@@ -42,17 +60,15 @@ _probe = _AdapterProbe()
 
 
 def config(cls: type[Adapter]) -> None:
-    """`Config` is frozen, refuses unknown fields, and survives JSON."""
+    """`Config` is frozen, refuses unknown fields, and survives JSON and YAML."""
     check_config(cls, Settings, make_tiny(cls).config)
 
 
 def spec(cls: type[Adapter]) -> None:
     """`forward` gives the tokens and grid that `spec` states, in the language model's width, for any batch."""
     adapter = make_tiny(cls)
-    before = torch.get_rng_state()
-    with calling("spec"):
-        stated = cls.spec(adapter.config, adapter.sequence, adapter.llm_width)
-    require(torch.equal(torch.get_rng_state(), before), "spec draws random numbers: it seems to make weights")
+    held = sum(parameter.numel() for parameter in adapter.parameters())
+    stated = cheap_spec(lambda: cls.spec(adapter.config, adapter.sequence, adapter.llm_width), held)
     require(stated == adapter.out, f"spec(tiny().config, ...) is {stated}, tiny().out is {adapter.out}")
     require(
         stated.width == adapter.llm_width,
@@ -60,6 +76,22 @@ def spec(cls: type[Adapter]) -> None:
     )
     for batch in (1, 2, 3):
         _forward(adapter.eval(), batch)
+    _forward(adapter.train(), 2, "in training mode ")
+
+
+def options(cls: type[Adapter]) -> None:
+    """Whatever its options, `spec` refuses them, or states the visual tokens that come out."""
+    adapter = make_tiny(cls)
+
+    def attempt(config: Settings, when: str) -> None:
+        accepted(lambda: cls.spec(config, adapter.sequence, adapter.llm_width), when)
+        if count_parameters(lambda: cls(config, adapter.sequence, adapter.llm_width)) > MOST_PARAMETERS:
+            return
+        made = cls(config, adapter.sequence, adapter.llm_width).eval()
+        require(made.config == config, f"{when}the instance has another configuration, {made.config!r}")
+        _forward(made, 2, when)
+
+    check_options(adapter, attempt)
 
 
 def meta(cls: type[Adapter]) -> None:
@@ -118,6 +150,29 @@ def input_gradient(cls: type[Adapter]) -> None:
     check_input_gradient(lambda *inputs: _probe.run(adapter, inputs), _probe.inputs(adapter, 2), ["the sequence"])
 
 
+def memory_layout(cls: type[Adapter]) -> None:
+    """A sequence that is not contiguous in memory is taken too, as fusions give it."""
+    adapter = make_tiny(cls).eval()
+    check_strides(lambda *inputs: _probe.run(adapter, inputs), _probe.inputs(adapter, 2))
+
+
+def places(cls: type[Adapter]) -> None:
+    """Where a grid comes in and a grid is stated, token n stands for its n-th cell, row by row."""
+    adapter = make_tiny(cls).eval()
+    given, grid = adapter.sequence.grid, adapter.out.grid
+    if given is None or grid is None:
+        return
+    moved = move_tokens(lambda changed: _probe(adapter, tuple(changed)), _probe.inputs(adapter, 1), 0, given)
+    check_places(moved, grid, adapter.out.tokens)
+
+
+def _model(adapter: Adapter) -> VLM:
+    sequence = adapter.sequence
+    encoder = StandInEncoder.of(FeatureSpec(1, sequence.grid or (1, sequence.tokens), sequence.width))
+    fusion = StandInFusion(FlatConfig(grid=sequence.grid is not None), [encoder.geometry.features], adapter.llm_width)
+    return VLM([encoder], fusion, adapter, StandInLanguageModel(WidthConfig(width=adapter.llm_width)))
+
+
 def _forward(adapter: Adapter, batch: int, after: str = "") -> None:
     sequence = TokenSequence(_probe.inputs(adapter, batch)[0], adapter.sequence.grid)
     with calling(f"{after}forward of {batch} images"):
@@ -128,10 +183,14 @@ def _forward(adapter: Adapter, batch: int, after: str = "") -> None:
 CHECKS: tuple[Check, ...] = (
     config,
     spec,
+    options,
     meta,
     any_geometry,
     refuses_other_sequences,
     input_gradient,
+    memory_layout,
+    places,
     *module_checks(_probe),
+    model_check("adapter", _model),
     light,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,11 +97,14 @@ def isolated() -> Iterator[None]:
 
 def describe(error: BaseException) -> str:
     """An exception of a component in one line, with the place in the author's code that it came from."""
-    text = str(error) or "no message"
+    return f"{type(error).__name__}: {str(error) or 'no message'}{place(traceback.extract_tb(error.__traceback__))}"
+
+
+def place(frames: Sequence[traceback.FrameSummary]) -> str:
+    """The innermost place in the author's own code, for messages; empty where there is none."""
     own = [
         frame
-        for frame in traceback.extract_tb(error.__traceback__)
+        for frame in frames
         if not Path(frame.filename).is_relative_to(_CORE) and not _LIBRARIES & set(Path(frame.filename).parts)
     ]
-    where = f" (at {own[-1].filename}:{own[-1].lineno}, in {own[-1].name})" if own else ""
-    return f"{type(error).__name__}: {text}{where}"
+    return f" (at {own[-1].filename}:{own[-1].lineno}, in {own[-1].name})" if own else ""

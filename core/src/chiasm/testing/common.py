@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
 from pydantic import ValidationError
 
 from chiasm.errors import ChiasmError
@@ -39,6 +41,15 @@ def calling(what: str) -> Iterator[None]:
         raise ContractError(f"{what} raised {describe(error)}") from error
 
 
+@contextmanager
+def about(what: str) -> Iterator[None]:
+    """Puts words before the message of a broken promise."""
+    try:
+        yield
+    except ContractError as error:
+        raise ContractError(f"{what}{error}") from error.__cause__
+
+
 def make_tiny(cls: type[T]) -> T:
     """A tiny instance of a component class."""
     with calling(f"{cls.__name__}.tiny()"):
@@ -60,7 +71,7 @@ def check_quick(cls: type) -> None:
 
 
 def check_config(cls: Any, base: type[Settings], config: Any) -> None:
-    """`Config` is a frozen model of the right base that refuses unknown fields, and survives JSON.
+    """`Config` is a frozen model of the right base that refuses unknown fields, and survives JSON and YAML.
 
     Args:
         cls: the component class.
@@ -90,6 +101,9 @@ def check_config(cls: Any, base: type[Settings], config: Any) -> None:
         except ValidationError as error:
             raise ContractError(f"{name} does not read what it wrote, {text}: {error}") from error
         require(back == config, f"{name} is {back!r} after a round trip through JSON, was {config!r}")
+        with calling(f"writing {name} as YAML and reading it"):
+            again = cls.Config.model_validate(yaml.safe_load(yaml.safe_dump(json.loads(text))))
+        require(again == config, f"{name} is {again!r} after a round trip through YAML, was {config!r}")
 
 
 def check_missing_checkpoint(cls: Any) -> None:

@@ -5,8 +5,7 @@ Shape letters: B images, H and W pixels, L layers, N patch tokens, D width, (h, 
 
 from __future__ import annotations
 
-import random
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,19 +13,22 @@ from PIL import Image
 from torch import Tensor, nn
 
 from chiasm.encoder import Encoder, EncoderConfig, EncoderSpec, Layers
-from chiasm.features import Features
-from chiasm.image import Resize
+from chiasm.features import Features, Grid
 from chiasm.testing.check import Check, describe
 from chiasm.testing.common import calling, check_config, check_missing_checkpoint, make_tiny, require
 from chiasm.testing.errors import ContractError
-from chiasm.testing.module_checks import Inputs, Probe, check_close, module_checks
+from chiasm.testing.model_checks import model_check
+from chiasm.testing.module_checks import module_checks
+from chiasm.testing.places import Cell, check_places
 from chiasm.testing.plugin_checks import light
+from chiasm.testing.preprocess_checks import PREPROCESS_CHECKS
+from chiasm.testing.probe import Inputs, Probe, check_close
+from chiasm.testing.spec_checks import MOST_PARAMETERS, accepted, cheap_spec, check_options
+from chiasm.testing.stand_ins import FlatConfig, StandInAdapter, StandInFusion, StandInLanguageModel
+from chiasm.vlm import VLM
 
-SIZES = ((1, 1), (7, 5), (64, 64), (97, 61), (200, 5), (5, 200))
-"""Width and height of the images that are preprocessed: one pixel, odd ones, and strips."""
-
-CELLS = 32
-"""Places of the grid that are looked at."""
+MOST_PIXELS, MOST_TOKENS = 300_000, 2048
+"""Of a variant that is run: an option may ask for images of full size."""
 
 
 class _EncoderProbe(Probe):
@@ -39,25 +41,28 @@ class _EncoderProbe(Probe):
     def inputs(self, module: Any, batch: int) -> Inputs:
         return (_pixels(module, batch),)
 
+    def extremes(self, module: Any) -> dict[str, Inputs]:
+        image = module.geometry.image
+        plain = [Image.new("RGB", (image.width, image.height), colour) for colour in ("black", "white")]
+        with calling("preprocess"):
+            return {"a black and a white image": (module.preprocess(plain),)}
+
     def run(self, module: Any, inputs: Inputs) -> Tensor:
         return _features(module, inputs[0]).tokens
 
 
+_probe = _EncoderProbe()
+
+
 def config(cls: type[Encoder]) -> None:
-    """`Config` is frozen, refuses unknown fields, and survives JSON."""
+    """`Config` is frozen, refuses unknown fields, and survives JSON and YAML."""
     check_config(cls, EncoderConfig, make_tiny(cls).config)
 
 
 def spec(cls: type[Encoder]) -> None:
     """`spec` states the geometry of an instance, without making its weights."""
     encoder = make_tiny(cls)
-    before = torch.get_rng_state()
-    with calling("spec(tiny().config)"):
-        stated = cls.spec(encoder.config)
-    require(
-        torch.equal(torch.get_rng_state(), before),
-        "spec draws random numbers: it seems to make weights; make them under torch.device('meta')",
-    )
+    stated = cheap_spec(lambda: cls.spec(encoder.config), sum(p.numel() for p in encoder.parameters()))
     require(isinstance(stated, EncoderSpec), f"spec returned a {type(stated).__name__}, wanted an EncoderSpec")
     require(stated == encoder.geometry, f"spec(tiny().config) is {stated}, tiny().geometry is {encoder.geometry}")
     sizes = {"layers": stated.features.layers, "width": stated.width, "depth": stated.depth}
@@ -65,50 +70,42 @@ def spec(cls: type[Encoder]) -> None:
     for name, value in sizes.items():
         require(value >= 1, f"spec states {name} = {value}, wanted at least 1")
     require(stated.flops >= 0, f"spec states flops = {stated.flops}")
+    built = _build(encoder, encoder.config, 1)
+    require(
+        isinstance(built, cls) and built.config == encoder.config and built.geometry == stated,
+        f"build(tiny().config) gives a {type(built).__name__} with {built.config!r} and {built.geometry}; wanted the "
+        f"configuration that it was given, {encoder.config!r}, and the geometry that spec states",
+    )
 
 
 def parameters(cls: type[Encoder]) -> None:
     """`spec` states how many parameters an instance holds."""
-    encoder = make_tiny(cls)
-    found = sum(parameter.numel() for parameter in encoder.parameters())
-    require(
-        found == encoder.geometry.parameters,
-        f"tiny() holds {found} parameters, its spec states parameters = {encoder.geometry.parameters}",
-    )
-
-
-def preprocess(cls: type[Encoder]) -> None:
-    """Images of any shape become `[B, 3, H, W]` float32 as `spec` states, under every resize policy, each alone."""
-    encoder = make_tiny(cls)
-    images = _images()
-    image = encoder.geometry.image
-    wanted = (len(images), 3, image.height, image.width)
-    policies: tuple[Resize, ...] = get_args(Resize)
-    for policy in policies:
-        with calling(f"preprocess of images of {SIZES} pixels with resize={policy!r}"):
-            pixels = encoder.preprocess(images, policy)
-        _check_pixels(pixels, wanted, policy)
-        last = encoder.preprocess(images[-1:], policy)
-        check_close(pixels[-1:], last, f"preprocess with resize={policy!r} gives an image other pixels among others")
-    require(images == _images(), "preprocess changed the images that it was given")
+    _check_parameters(make_tiny(cls), "tiny()")
 
 
 def features(cls: type[Encoder]) -> None:
     """`forward` gives the layers, tokens, grid and width that `spec` states, for any batch."""
-    encoder = make_tiny(cls).eval()
-    stated = encoder.geometry.features
-    for batch in (1, 2, 3):
-        found = _features(encoder, _pixels(encoder, batch))
-        require(isinstance(found, Features), f"forward returned a {type(found).__name__}, wanted Features")
-        wanted = (batch, stated.layers, stated.tokens, stated.width)
-        shape = tuple(found.tokens.shape)
-        require(shape == wanted, f"forward returned {shape}, declared (B, L, N, D) = {wanted}")
-        require(found.grid == stated.grid, f"forward returned the grid {found.grid}, declared {stated.grid}")
-        require(
-            found.tokens.dtype == torch.float32,
-            f"forward of float32 pixels returned {found.tokens.dtype}, wanted torch.float32",
-        )
-        require(bool(found.tokens.isfinite().all()), "forward returned NaN or infinity")
+    encoder = make_tiny(cls)
+    for mode in ("eval", "training"):
+        for batch in (1, 2, 3) if mode == "eval" else (3,):  # a trained norm may want more than one image
+            _check_features(encoder.train(mode == "training"), batch, f"in {mode} mode ")
+
+
+def options(cls: type[Encoder]) -> None:
+    """Whatever its options, `spec` refuses them, or states the features and parameters that an instance has."""
+
+    def attempt(config: EncoderConfig, when: str) -> None:
+        stated = accepted(lambda: cls.spec(config), when)
+        pixels = stated.image.height * stated.image.width
+        if stated.parameters > MOST_PARAMETERS or pixels > MOST_PIXELS or stated.features.tokens > MOST_TOKENS:
+            return
+        torch.default_generator.manual_seed(1)
+        made = cls.build(config).eval()
+        require(made.geometry == stated, f"{when}spec states {stated}, the instance has {made.geometry}")
+        _check_parameters(made, f"{when}an instance")
+        _check_features(made, 2, when)
+
+    check_options(make_tiny(cls), attempt)
 
 
 def sees_the_image(cls: type[Encoder]) -> None:
@@ -126,38 +123,21 @@ def sees_the_image(cls: type[Encoder]) -> None:
 def places(cls: type[Encoder]) -> None:
     """Token n stands for the n-th cell of the grid, row by row."""
     encoder = make_tiny(cls).eval()
-    (rows, columns), image = encoder.geometry.grid, encoder.geometry.image
-    cells = [(i, j) for i in range(rows) for j in range(columns)]
-    cells = random.Random(0).sample(cells, min(CELLS, len(cells)))
-    base = torch.randn(1, 3, image.height, image.width)
-    changed = base.repeat(len(cells), 1, 1, 1)
-    for pixels, (i, j) in zip(changed, cells, strict=True):
-        top, bottom = i * image.height // rows, (i + 1) * image.height // rows
-        left, right = j * image.width // columns, (j + 1) * image.width // columns
-        pixels[:, top:bottom, left:right] += torch.randn(3, bottom - top, right - left)
-    with torch.no_grad():
-        difference = _features(encoder, changed).tokens - _features(encoder, base).tokens
-    moved_BN = difference.float().norm(dim=-1).sum(dim=1)
-    # some tokens move more than others whatever is changed, say those in the middle of a convolution's map
-    moved_BN /= moved_BN.mean(dim=0, keepdim=True).clamp(min=1e-12)
-    orders = {"row by row": [i * columns + j for i, j in cells]}
-    orders["column by column"] = [j * rows + i for i, j in cells]
-    orders["rows from the bottom"] = [(rows - 1 - i) * columns + j for i, j in cells]
-    orders["columns from the right"] = [i * columns + columns - 1 - j for i, j in cells]
-    for shift in range(1, 9):
-        orders[f"{shift} places late, behind a prefix token"] = [i * columns + j + shift for i, j in cells]
-        orders[f"{shift} places early"] = [i * columns + j - shift for i, j in cells]
-    scores = {}
-    for name, order in orders.items():
-        own = [moved_BN[b, token] for b, token in enumerate(order) if 0 <= token < rows * columns]
-        scores[name] = float(torch.stack(own).mean()) if 2 * len(own) >= len(cells) else 0.0
-    likeliest = max(scores, key=lambda name: scores[name])
-    # far-reaching layers with random weights may tell nothing; a wrong order stands out by far
-    require(
-        scores[likeliest] < 1.3 * scores["row by row"] or scores[likeliest] < 1.3,
-        f"tokens seem to stand {likeliest}, wanted row by row: a change in a cell of the grid moves the token there "
-        f"{scores[likeliest]:.1f} times as much as others, and its own {scores['row by row']:.1f} times",
-    )
+    image = encoder.geometry.image
+
+    def moved(grid: Grid, cells: list[Cell]) -> Tensor:
+        base = torch.randn(1, 3, image.height, image.width)
+        changed = base.repeat(len(cells), 1, 1, 1)
+        for pixels, (i, j) in zip(changed, cells, strict=True):
+            top, bottom = i * image.height // grid[0], (i + 1) * image.height // grid[0]
+            left, right = j * image.width // grid[1], (j + 1) * image.width // grid[1]
+            pixels[:, top:bottom, left:right] += torch.randn(3, bottom - top, right - left)
+        with torch.no_grad():
+            difference = _features(encoder, changed).tokens - _features(encoder, base).tokens
+        moved_PN: Tensor = difference.float().norm(dim=-1).sum(dim=1)
+        return moved_PN
+
+    check_places(moved, encoder.geometry.grid, encoder.geometry.features.tokens)
 
 
 def layers(cls: type[Encoder]) -> None:
@@ -185,10 +165,21 @@ def layers(cls: type[Encoder]) -> None:
         not alike or next(every.parameters(), None) is None,
         f"layers: all gives the same features for blocks {alike[0] if alike else ''} and the next",
     )
-    choices: list[tuple[Layers, list[int]]] = [(-1, [-1]), (-depth, [0]), ((depth, 1), [-1, 0]), ((1, depth), [0, -1])]
-    for choice, blocks in choices if depth > 1 else choices[:2]:
+    choices: list[tuple[Layers, list[int]]] = [
+        (-1, [-1]),
+        (-depth, [0]),
+        (1, [0]),
+        ((depth, 1), [-1, 0]),
+        ((1, depth), [0, -1]),
+        ((-1, -2), [-1, -2]),
+    ]
+    for choice, blocks in choices if depth > 1 else choices[:3]:
         one = _select(encoder, choice)
-        if one is None or not _share_weights(one, every):
+        if one is None:
+            continue
+        _check_parameters(one, f"with layers: {choice} an instance")
+        _check_features(one, 2, f"with layers: {choice} ")
+        if not _share_weights(one, every):
             continue
         check_close(
             _features(one, pixels).tokens,
@@ -200,6 +191,32 @@ def layers(cls: type[Encoder]) -> None:
 def missing_checkpoint(cls: type[Encoder]) -> None:
     """A checkpoint that does not exist is refused, never replaced by random weights."""
     check_missing_checkpoint(cls)
+
+
+def _check_parameters(encoder: Encoder, what: str) -> None:
+    found = sum(parameter.numel() for parameter in encoder.parameters())
+    stated = encoder.geometry.parameters
+    require(found == stated, f"{what} holds {found} parameters, its spec states parameters = {stated}")
+
+
+def _check_features(encoder: Encoder, batch: int, when: str) -> None:
+    stated = encoder.geometry.features
+    found = _features(encoder, _pixels(encoder, batch))
+    require(isinstance(found, Features), f"{when}forward returned a {type(found).__name__}, wanted Features")
+    wanted, shape = (batch, stated.layers, stated.tokens, stated.width), tuple(found.tokens.shape)
+    require(shape == wanted, f"{when}forward returned {shape}, declared (B, L, N, D) = {wanted}")
+    require(found.grid == stated.grid, f"{when}forward returned the grid {found.grid}, declared {stated.grid}")
+    require(
+        found.tokens.dtype == torch.float32,
+        f"{when}forward of float32 pixels returned {found.tokens.dtype}, wanted torch.float32",
+    )
+    require(bool(found.tokens.isfinite().all()), f"{when}forward returned NaN or infinity")
+
+
+def _model(encoder: Encoder) -> VLM:
+    fusion = StandInFusion(FlatConfig(), [encoder.geometry.features], 8)
+    adapter = StandInAdapter(StandInAdapter.Config(), fusion.out, 8)
+    return VLM([encoder], fusion, adapter, StandInLanguageModel.tiny())
 
 
 def _build(encoder: Encoder, config: EncoderConfig, seed: int) -> Encoder:
@@ -240,14 +257,9 @@ def _features(encoder: Encoder, pixels: Tensor) -> Features:
     return features
 
 
-def _images() -> list[Image.Image]:
-    noise = np.random.default_rng(0)
-    return [Image.fromarray(noise.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in SIZES]
-
-
 def _pixels(encoder: Encoder, batch: int) -> Tensor:
     """Coarse noise, whose differences survive patches and averages."""
-    noise = np.random.default_rng(1)
+    noise = np.random.default_rng(int(torch.randint(1 << 30, ())))
     image = encoder.geometry.image
     images = [
         Image.fromarray(noise.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((image.width, image.height))
@@ -257,26 +269,18 @@ def _pixels(encoder: Encoder, batch: int) -> Tensor:
         return encoder.preprocess(images)
 
 
-def _check_pixels(pixels: Tensor, wanted: tuple[int, ...], policy: str) -> None:
-    shape = tuple(pixels.shape)
-    require(shape == wanted, f"preprocess with resize={policy!r} returned {shape}, declared (B, 3, H, W) = {wanted}")
-    require(
-        pixels.dtype == torch.float32,
-        f"preprocess with resize={policy!r} returned {pixels.dtype}, wanted torch.float32",
-    )
-    require(bool(pixels.isfinite().all()), f"preprocess with resize={policy!r} returned NaN or infinity")
-
-
 CHECKS: tuple[Check, ...] = (
     config,
     spec,
     parameters,
-    preprocess,
+    options,
+    *PREPROCESS_CHECKS,
     features,
     sees_the_image,
     places,
     layers,
     missing_checkpoint,
-    *module_checks(_EncoderProbe()),
+    *module_checks(_probe),
+    model_check("encoders", _model),
     light,
 )

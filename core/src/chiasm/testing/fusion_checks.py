@@ -16,11 +16,24 @@ from chiasm.features import Features, FeatureSpec, SequenceSpec, TokenSequence
 from chiasm.fusion import Fusion
 from chiasm.settings import Settings
 from chiasm.testing.check import Check, describe
-from chiasm.testing.common import calling, check_config, make_tiny, require
+from chiasm.testing.common import about, calling, check_config, make_tiny, require
 from chiasm.testing.errors import ContractError
-from chiasm.testing.module_checks import Inputs, Probe, module_checks
+from chiasm.testing.model_checks import model_check
+from chiasm.testing.module_checks import module_checks
+from chiasm.testing.places import check_places
 from chiasm.testing.plugin_checks import light
-from chiasm.testing.sequence_checks import check_input_gradient, check_meta, check_refused, check_sequence
+from chiasm.testing.probe import Inputs, Probe
+from chiasm.testing.sequence_checks import (
+    check_input_gradient,
+    check_meta,
+    check_refused,
+    check_sequence,
+    check_strides,
+    move_tokens,
+)
+from chiasm.testing.spec_checks import MOST_PARAMETERS, accepted, cheap_spec, check_options, count_parameters
+from chiasm.testing.stand_ins import StandInAdapter, StandInEncoder, StandInLanguageModel, WidthConfig
+from chiasm.vlm import VLM
 
 
 class _FusionProbe(Probe):
@@ -35,6 +48,11 @@ class _FusionProbe(Probe):
     def inputs(self, module: Any, batch: int) -> Inputs:
         return tuple(torch.randn(batch, spec.layers, spec.tokens, spec.width) for spec in module.features)
 
+    def extremes(self, module: Any) -> dict[str, Inputs]:
+        inputs = self.inputs(module, 2)
+        zeros, large = tuple(torch.zeros_like(i) for i in inputs), tuple(100 * i for i in inputs)
+        return {"features of zeros": zeros, "features of hundreds": large}
+
     def run(self, module: Any, inputs: Inputs) -> Tensor:
         tokens: Tensor = module(_features(inputs, module.features)).tokens
         return tokens
@@ -44,20 +62,34 @@ _probe = _FusionProbe()
 
 
 def config(cls: type[Fusion]) -> None:
-    """`Config` is frozen, refuses unknown fields, and survives JSON."""
+    """`Config` is frozen, refuses unknown fields, and survives JSON and YAML."""
     check_config(cls, Settings, make_tiny(cls).config)
 
 
 def spec(cls: type[Fusion]) -> None:
     """`forward` gives the tokens, width and grid that `spec` states, for any batch."""
     fusion = make_tiny(cls)
-    before = torch.get_rng_state()
-    with calling("spec"):
-        stated = cls.spec(fusion.config, fusion.features, fusion.llm_width)
-    require(torch.equal(torch.get_rng_state(), before), "spec draws random numbers: it seems to make weights")
+    held = sum(parameter.numel() for parameter in fusion.parameters())
+    stated = cheap_spec(lambda: cls.spec(fusion.config, fusion.features, fusion.llm_width), held)
     require(stated == fusion.out, f"spec(tiny().config, ...) is {stated}, tiny().out is {fusion.out}")
     for batch in (1, 2, 3):
         _forward(fusion.eval(), batch)
+    _forward(fusion.train(), 2, "in training mode ")
+
+
+def options(cls: type[Fusion]) -> None:
+    """Whatever its options, `spec` refuses them, or states the sequence that comes out."""
+    fusion = make_tiny(cls)
+
+    def attempt(config: Settings, when: str) -> None:
+        accepted(lambda: cls.spec(config, fusion.features, fusion.llm_width), when)
+        if count_parameters(lambda: cls(config, fusion.features, fusion.llm_width)) > MOST_PARAMETERS:
+            return
+        made = cls(config, fusion.features, fusion.llm_width).eval()
+        require(made.config == config, f"{when}the instance has another configuration, {made.config!r}")
+        _forward(made, 2, when)
+
+    check_options(fusion, attempt)
 
 
 def meta(cls: type[Fusion]) -> None:
@@ -96,6 +128,7 @@ def any_geometry(cls: type[Fusion]) -> None:
         with calling(f"spec accepts {name}, {features}; making the fusion"):
             made = cls(fusion.config, features, fusion.llm_width).eval()
         _forward(made, 2, f"spec accepts {name}, {features}; ")
+        _check_layers(made, f"spec accepts {name}; ")
 
 
 def refuses_other_features(cls: type[Fusion]) -> None:
@@ -133,6 +166,60 @@ def uses_every_encoder(cls: type[Fusion]) -> None:
     check_input_gradient(lambda *inputs: _probe.run(fusion, inputs), _probe.inputs(fusion, 2), names)
 
 
+def memory_layout(cls: type[Fusion]) -> None:
+    """Features that are not contiguous in memory are taken too, as encoders give them."""
+    fusion = make_tiny(cls).eval()
+    check_strides(lambda *inputs: _probe.run(fusion, inputs), _probe.inputs(fusion, 2))
+
+
+def features_kept(cls: type[Fusion]) -> None:
+    """The list of features stays as it was."""
+    fusion = make_tiny(cls).eval()
+    given = _features(_probe.inputs(fusion, 2), fusion.features)
+    before = list(given)
+    with calling("forward"):
+        fusion(given)
+    require(
+        len(given) == len(before) and all(a is b for a, b in zip(given, before, strict=True)),
+        f"forward changes the list of features that it is given: {len(before)} before, {len(given)} after",
+    )
+
+
+def places(cls: type[Fusion]) -> None:
+    """Where a grid is stated, token n stands for its n-th cell, row by row."""
+    fusion = make_tiny(cls).eval()
+    grid = fusion.out.grid
+    if grid is None:
+        return
+    inputs = _probe.inputs(fusion, 1)
+    for k, feature in enumerate(fusion.features):
+        moved = move_tokens(lambda changed: _probe(fusion, tuple(changed)), inputs, k, feature.grid)
+        with about(f"the features of encoder {k}: "):
+            check_places(moved, grid, fusion.out.tokens)
+
+
+def _check_layers(fusion: Fusion, after: str) -> None:
+    """Every layer of every encoder's features matters."""
+    leaves = [item.requires_grad_() for item in _probe.inputs(fusion, 2)]
+    output = _probe(fusion, tuple(leaves))
+    if not output.requires_grad:
+        return  # `uses_every_encoder` tells
+    gradients = torch.autograd.grad((output.float() * torch.randn(output.shape)).sum(), leaves, allow_unused=True)
+    for k, gradient in enumerate(gradients):
+        unused = [i for i in range(leaves[k].shape[1]) if gradient is None or not gradient[:, i].any()]
+        require(
+            not unused,
+            f"{after}no gradient reaches layer {unused[0] if unused else ''} of the {leaves[k].shape[1]} that encoder "
+            f"{k} gives: use every layer that a run selects, or refuse more than one in spec",
+        )
+
+
+def _model(fusion: Fusion) -> VLM:
+    encoders = [StandInEncoder.of(feature) for feature in fusion.features]
+    adapter = StandInAdapter(StandInAdapter.Config(), fusion.out, fusion.llm_width)
+    return VLM(encoders, fusion, adapter, StandInLanguageModel(WidthConfig(width=fusion.llm_width)))
+
+
 def _features(tokens: Sequence[Tensor], specs: Sequence[FeatureSpec]) -> list[Features]:
     return [Features(item, spec.grid) for item, spec in zip(tokens, specs, strict=True)]
 
@@ -148,10 +235,15 @@ def _forward(fusion: Fusion, batch: int, after: str = "") -> None:
 CHECKS: tuple[Check, ...] = (
     config,
     spec,
+    options,
     meta,
     any_geometry,
     refuses_other_features,
     uses_every_encoder,
+    memory_layout,
+    features_kept,
+    places,
     *module_checks(_probe),
+    model_check("fusion", _model),
     light,
 )

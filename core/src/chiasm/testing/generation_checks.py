@@ -13,6 +13,7 @@ from chiasm.llm import LanguageModel
 from chiasm.testing.check import Check
 from chiasm.testing.common import calling, make_tiny, require
 from chiasm.testing.errors import ContractError
+from chiasm.testing.probe import check_close
 
 NEW = 6
 """Tokens that are asked for."""
@@ -50,17 +51,42 @@ def generation_in_batches(cls: type[LanguageModel]) -> None:
     """A batch that is padded on the left gives each prompt the answer that it gets alone."""
     llm = make_tiny(cls).eval()
     # random weights show small errors, as their tokens differ by little; taught ones show rows that end before others
-    for model in (llm, _taught(llm)):
-        prompts = _prompts(model)
+    for model, seed in ((llm, 3), (llm, 4), (llm, 5), (_taught(make_tiny(cls)), 3)):
+        prompts = _prompts(model, seed)
         rows = _generate(model, prompts)
         require(len(rows) == len(prompts), f"generate of {len(prompts)} prompts returned {len(rows)} rows")
         for i, (row, prompt_TE) in enumerate(zip(rows, prompts, strict=True)):
             _check_row(model, row, _greedy(model, prompt_TE), f"prompt {i} of a batch padded on the left")
 
 
-def _prompts(llm: LanguageModel) -> list[Tensor]:
+def generation_leaves_no_trace(cls: type[LanguageModel]) -> None:
+    """Generation keeps nothing: the same prompt gives the same answer later, and the model is as it was."""
+    llm = make_tiny(cls).eval()
+    prompts = _prompts(llm)
+    with torch.no_grad(), calling("forward"):
+        before = llm(prompts[0].unsqueeze(0))
+    first = _generate(llm, prompts[:1])
+    _generate(llm, prompts[1:])
+    again = _generate(llm, prompts[:1])
+    require(
+        first == again, f"the same prompt gives {first[0]}, and {again[0]} after others: generate keeps a cache of them"
+    )
+    with torch.no_grad(), calling("forward after generate"):
+        after = llm(prompts[0].unsqueeze(0))
+    check_close(after, before, "forward gives other hidden states after generate: a cache is kept")
+    for mode in (False, True):
+        llm.train(mode)
+        modes = [part.training for part in llm.modules()]
+        _generate(llm, prompts[:1])
+        require(
+            modes == [part.training for part in llm.modules()],
+            f"generate leaves the model in another mode than it found it, training={mode}",
+        )
+
+
+def _prompts(llm: LanguageModel, seed: int = 3) -> list[Tensor]:
     """Embeddings of no token, as visual tokens are; the same in every call."""
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator().manual_seed(seed)
     return [torch.randn(length, llm.geometry.width, generator=generator) for length in LENGTHS]
 
 
@@ -96,24 +122,32 @@ def _check_row(llm: LanguageModel, row: list[int], wanted: list[int], where: str
     if row == wanted:
         return
     facts = f"generate returned {row} for {where}, greedy decoding by whole forward passes gives {wanted}"
+    padded = " of a padded prompt" if "batch" in where else ""
+    hint = f"look at positions, mask and cache{padded}, and at penalties of the generation settings"
     if len(row) > NEW:
         raise ContractError(f"{facts}: more than max_new_tokens={NEW}; is the prompt returned too?")
     if llm.eos_id in row:
         raise ContractError(f"{facts}: EOS ({llm.eos_id}) is among them; end each row before the first EOS")
     if len(row) > len(wanted) and row[: len(wanted)] == wanted:
-        raise ContractError(f"{facts}: it does not stop at EOS ({llm.eos_id})")
-    hint = "positions, mask and cache of a padded prompt" if "batch" in where else "positions, mask and cache"
-    raise ContractError(f"{facts}: look at {hint}, at sampling, and at what is cut from the front")
+        raise ContractError(f"{facts}: it does not stop at EOS ({llm.eos_id}); else {hint}")
+    if row == wanted[: len(row)]:
+        raise ContractError(
+            f"{facts}: it ends early; only EOS ({llm.eos_id}) and max_new_tokens={NEW} end an answer; else {hint}"
+        )
+    raise ContractError(f"{facts}: {hint}, at sampling, and at what is cut from the front")
 
 
 def _taught(llm: LanguageModel) -> LanguageModel:
-    """Trains a tiny model until it ends its answers to the prompts as `ENDS` says.
+    """Trains a tiny model until it ends its answers to the prompts as `ENDS` says, and repeats itself in them.
 
-    A random one says EOS once in a vocabulary, so nothing would be seen of stopping.
+    A random one says EOS once in a vocabulary, so nothing would be seen of stopping, nor of a penalty on repeats.
     """
     prompts = _prompts(llm)
     plain = [i for i in range(llm.geometry.vocabulary) if i not in llm.special_ids]
-    answers = [[plain[(7 * row + 3 * i) % len(plain)] for i in range(end)] for row, end in enumerate(ENDS)]
+    answers = [
+        [plain[(7 * row + 3 * (i // 2 if end == NEW else i)) % len(plain)] for i in range(end)]
+        for row, end in enumerate(ENDS)
+    ]
     targets = [answer + [llm.eos_id] * (len(answer) < NEW) for answer in answers]
     llm.train().requires_grad_(True)
     optimizer = torch.optim.Adam(llm.parameters(), lr=1e-2)
@@ -145,4 +179,5 @@ GENERATION_CHECKS: tuple[Check, ...] = (
     generation_equals_recomputation,
     generation_stops,
     generation_in_batches,
+    generation_leaves_no_trace,
 )

@@ -19,9 +19,14 @@ from chiasm.testing.check import Check
 from chiasm.testing.common import calling, check_config, check_missing_checkpoint, make_tiny, require
 from chiasm.testing.errors import ContractError
 from chiasm.testing.generation_checks import GENERATION_CHECKS
-from chiasm.testing.module_checks import Inputs, Probe, check_close, module_checks
+from chiasm.testing.model_checks import model_check
+from chiasm.testing.module_checks import module_checks
 from chiasm.testing.plugin_checks import light
+from chiasm.testing.probe import Inputs, Probe, check_close
 from chiasm.testing.sequence_checks import check_input_gradient
+from chiasm.testing.spec_checks import MOST_PARAMETERS, accepted, cheap_spec, check_options
+from chiasm.testing.stand_ins import FlatConfig, StandInAdapter, StandInEncoder, StandInFusion
+from chiasm.vlm import VLM
 
 LENGTH = 7
 """Positions of the sequences that are tried."""
@@ -29,11 +34,15 @@ LENGTH = 7
 TOLERANCE = 1e-4
 """Of hidden states that must be equal: attention with a mask may take another path than without."""
 
+MOST_POSITIONS = 2048
+"""Of a context that is tried in full."""
+
 TEXTS = ("Yes", "a red square", "What colour is it?", "There are 12 of them, or 7.", "(B)")
 
 
 class _LanguageModelProbe(Probe):
     item = "sequence"
+    keeps_dtype = False  # logits may be float32 whatever the weights are
 
     def rebuild(self, module: Any, seed: int) -> nn.Module:
         if module.config.pretrained is not None:  # its weights are no random ones
@@ -47,10 +56,14 @@ class _LanguageModelProbe(Probe):
     def inputs(self, module: Any, batch: int) -> Inputs:
         return (_embeds(module, batch),)
 
+    def extremes(self, module: Any) -> dict[str, Inputs]:
+        embeds = _embeds(module, 2)
+        return {"embeddings of zeros": (torch.zeros_like(embeds),), "embeddings of hundreds": (100 * embeds,)}
+
     def run(self, module: Any, inputs: Inputs) -> Tensor:
         # the embeddings of some ids beside the given ones, so that every parameter takes part
         embeds_BTE = inputs[0]
-        ids_BT = torch.arange(3).expand(len(embeds_BTE), -1)
+        ids_BT = torch.arange(3, device=embeds_BTE.device).expand(len(embeds_BTE), -1)
         text_BTE = module.embed(ids_BT).to(embeds_BTE.dtype)
         logits: Tensor = module.logits(module(torch.cat([text_BTE, embeds_BTE], dim=1)))
         return logits
@@ -60,33 +73,59 @@ _probe = _LanguageModelProbe()
 
 
 def config(cls: type[LanguageModel]) -> None:
-    """`Config` is frozen, refuses unknown fields, and survives JSON."""
+    """`Config` is frozen, refuses unknown fields, and survives JSON and YAML."""
     check_config(cls, LanguageModelConfig, make_tiny(cls).config)
 
 
 def spec(cls: type[LanguageModel]) -> None:
     """`spec` states the geometry of an instance, without making its weights."""
     llm = make_tiny(cls)
-    before = torch.get_rng_state()
-    with calling("spec(tiny().config)"):
-        stated = cls.spec(llm.config)
-    require(
-        torch.equal(torch.get_rng_state(), before),
-        "spec draws random numbers: it seems to make weights; make them under torch.device('meta')",
-    )
+    stated = cheap_spec(lambda: cls.spec(llm.config), sum(p.numel() for p in llm.parameters()))
     require(
         isinstance(stated, LanguageModelSpec), f"spec returned a {type(stated).__name__}, wanted a LanguageModelSpec"
     )
     require(stated == llm.geometry, f"spec(tiny().config) is {stated}, tiny().geometry is {llm.geometry}")
     require(stated.context_length >= 1, f"spec states context_length = {stated.context_length}")
+    with calling("build(tiny().config)"):
+        built = cls.build(llm.config)
+    require(
+        isinstance(built, cls) and built.config == llm.config and built.geometry == stated,
+        f"build(tiny().config) gives a {type(built).__name__} with {built.config!r} and {built.geometry}; wanted the "
+        f"configuration that it was given, {llm.config!r}, and the geometry that spec states",
+    )
 
 
 def parameters(cls: type[LanguageModel]) -> None:
     """`spec` states how many parameters an instance holds, tied ones once."""
-    llm = make_tiny(cls)
-    found = sum(parameter.numel() for parameter in llm.parameters())
-    stated = llm.geometry.parameters
-    require(found == stated, f"tiny() holds {found} parameters, its spec states parameters = {stated}")
+    _check_parameters(make_tiny(cls), "tiny()")
+
+
+def options(cls: type[LanguageModel]) -> None:
+    """Whatever its options, `spec` refuses them, or states the width, vocabulary and parameters of an instance."""
+
+    def attempt(config: LanguageModelConfig, when: str) -> None:
+        stated = accepted(lambda: cls.spec(config), when)
+        if stated.parameters > MOST_PARAMETERS:
+            return
+        torch.default_generator.manual_seed(1)
+        made = cls.build(config).eval()
+        require(made.geometry == stated, f"{when}spec states {stated}, the instance has {made.geometry}")
+        _check_parameters(made, f"{when}an instance")
+        logits = made.logits(_hidden(made, _embeds(made, 2)))
+        _same(tuple(logits.shape), (2, LENGTH, stated.vocabulary), f"{when}logits", "(B, T, V)")
+
+    check_options(make_tiny(cls), attempt)
+
+
+def context(cls: type[LanguageModel]) -> None:
+    """A sequence as long as the context that `spec` states is taken."""
+    llm = make_tiny(cls).eval()
+    length = llm.geometry.context_length
+    if length > MOST_POSITIONS:
+        return
+    with calling(f"forward of {length} positions, the context_length that spec states,"), torch.no_grad():
+        hidden = llm(torch.randn(1, length, llm.geometry.width))
+    _same(tuple(hidden.shape), (1, length, llm.geometry.width), f"forward of {length} positions", "(B, T, E)")
 
 
 def shapes(cls: type[LanguageModel]) -> None:
@@ -129,8 +168,22 @@ def text(cls: type[LanguageModel]) -> None:
             back, ended = llm.detokenize(ids), llm.detokenize([*ids, llm.eos_id])
         require(back.strip() == written, f"{written!r} is {back!r} after tokenize and detokenize")
         require(ended.strip() == written, f"detokenize writes EOS into {ended!r}; wanted special tokens left out")
+    _check_added(llm)
     outside = [i for i in special if not 0 <= i < vocabulary]
     require(not outside, f"the special ids {outside} are not in the vocabulary of {vocabulary}")
+
+
+def _check_added(llm: LanguageModel) -> None:
+    """No id that stands for nothing is put before or behind every text."""
+    rows = [llm.tokenize(written) for written in TEXTS]
+    for name, end in (("before", 0), ("behind", -1)):
+        ids = {row[end] for row in rows if row}
+        rest = [row[1:] if end == 0 else row[:-1] for row in rows]
+        if len(ids) == 1 and all(llm.detokenize(row).strip() == text for row, text in zip(rest, TEXTS, strict=True)):
+            raise ContractError(
+                f"tokenize adds the id {ids.pop()} {name} every text, which stands for none of it; wanted the text "
+                "alone: the prompt's builder adds BOS and EOS"
+            )
 
 
 def chat(cls: type[LanguageModel]) -> None:
@@ -206,6 +259,27 @@ def padding(cls: type[LanguageModel]) -> None:
             )
 
 
+def padding_gradient(cls: type[LanguageModel]) -> None:
+    """Padding gives finite hidden states and gradients, so that no NaN of an empty row spoils a batch."""
+    for side in ("left", "right"):
+        llm = make_tiny(cls).eval()
+        embeds_BTE = _embeds(llm, 2).requires_grad_()
+        mask_BT = torch.ones(2, LENGTH, dtype=torch.bool)
+        mask_BT[1, slice(0, 3) if side == "left" else slice(-3, None)] = False
+        with calling(f"forward of a sequence padded on the {side}"):
+            hidden_BTE = llm(embeds_BTE.where(mask_BT.unsqueeze(-1), 0), mask_BT)
+            loss = llm.logits(hidden_BTE[mask_BT]).float().logsumexp(-1).mean()
+        if not loss.requires_grad:
+            return  # `input_gradient` tells
+        (gradient,) = torch.autograd.grad(loss, [embeds_BTE])
+        require(
+            bool(loss.isfinite()) and bool(gradient.isfinite().all()),
+            f"a sequence padded on the {side} gives NaN or infinity: a position that sees no other needs a mask that "
+            "leaves it something",
+        )
+        require(not gradient[~mask_BT].any(), f"a gradient reaches padding on the {side}: what stands there takes part")
+
+
 def causal(cls: type[LanguageModel]) -> None:
     """A later token changes nothing before it, and changes what follows."""
     llm = make_tiny(cls).eval()
@@ -238,6 +312,18 @@ def missing_checkpoint(cls: type[LanguageModel]) -> None:
     check_missing_checkpoint(cls)
 
 
+def _check_parameters(llm: LanguageModel, what: str) -> None:
+    found = sum(parameter.numel() for parameter in llm.parameters())
+    stated = llm.geometry.parameters
+    require(found == stated, f"{what} holds {found} parameters, its spec states parameters = {stated}")
+
+
+def _model(llm: LanguageModel) -> VLM:
+    encoder = StandInEncoder.tiny()
+    fusion = StandInFusion(FlatConfig(), [encoder.geometry.features], llm.geometry.width)
+    return VLM([encoder], fusion, StandInAdapter(StandInAdapter.Config(), fusion.out, llm.geometry.width), llm)
+
+
 def _embeds(llm: LanguageModel, batch: int) -> Tensor:
     return torch.randn(batch, LENGTH, llm.geometry.width)
 
@@ -259,14 +345,18 @@ CHECKS: tuple[Check, ...] = (
     config,
     spec,
     parameters,
+    options,
     shapes,
+    context,
     text,
     chat,
     padding,
+    padding_gradient,
     causal,
     input_gradient,
     *GENERATION_CHECKS,
     missing_checkpoint,
     *module_checks(_probe),
+    model_check("llm", _model),
     light,
 )

@@ -1,19 +1,22 @@
 """The checks that fusions and adapters share: both give one token sequence.
 
-Shape letters: B images, N tokens, D width.
+Shape letters: B images, P probes, N tokens, D width.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from chiasm.features import SequenceSpec, TokenSequence
+from chiasm.features import Grid, SequenceSpec, TokenSequence
 from chiasm.testing.check import describe
 from chiasm.testing.common import calling, require
 from chiasm.testing.errors import ContractError
+from chiasm.testing.places import Cell, Moved
+from chiasm.testing.probe import check_close
 
 
 def check_sequence(sequence: TokenSequence, declared: SequenceSpec, batch: int, after: str = "") -> None:
@@ -48,6 +51,42 @@ def check_meta(module: nn.Module, make: Callable[[], nn.Module]) -> None:
         found == wanted,
         f"made again from tiny()'s configuration and geometry it holds {found} parameters, tiny() holds {wanted}",
     )
+
+
+def check_strides(run: Callable[..., Tensor], inputs: Sequence[Tensor]) -> None:
+    """The same values give the same output whatever their order in memory: another part's output may be transposed."""
+    with calling("forward"):
+        wanted = run(*inputs)
+    with calling("forward of an input that is not contiguous in memory (use reshape, not view)"):
+        found = run(*(item.transpose(1, 2).contiguous().transpose(1, 2) for item in inputs))
+    check_close(found, wanted, "an input that is not contiguous in memory gives another output")
+
+
+def move_tokens(run: Callable[[Sequence[Tensor]], Tensor], inputs: Sequence[Tensor], k: int, given: Grid) -> Moved:
+    """How far output tokens move when the tokens of input k in one cell of the grid change.
+
+    Args:
+        run: token sequences `[P, ..., N, D]` to one output `[P, N, D]`.
+        inputs: of one image each.
+        k: which of them is changed.
+        given: its grid.
+    """
+
+    def moved(grid: Grid, cells: list[Cell]) -> Tensor:
+        changed = [item.repeat_interleave(len(cells), dim=0) for item in inputs]
+        (h, w), item = given, changed[k]
+        for p, (i, j) in enumerate(cells):
+            tokens = [
+                y * w + x
+                for y in range(i * h // grid[0], math.ceil((i + 1) * h / grid[0]))
+                for x in range(j * w // grid[1], math.ceil((j + 1) * w / grid[1]))
+            ]
+            item[p, ..., tokens, :] += torch.randn_like(item[p, ..., tokens, :])
+        with torch.no_grad():
+            moved_PN: Tensor = (run(changed) - run(inputs)).float().norm(dim=-1)
+        return moved_PN
+
+    return moved
 
 
 def check_refused(forward: Callable[[], object], wrong: str, what: str, declared: str) -> None:

@@ -1,0 +1,115 @@
+"""Encoders with one fault each: their preprocessing."""
+
+from __future__ import annotations
+
+import torch
+
+from chiasm.image import ImageSpec, to_pixels
+from contract_faults._record import Recorder
+from contract_faults.encoders import EDGE, GoodEncoder
+
+fault = Recorder("encoder")
+
+
+@fault("preprocess", r"returned \(6, 3, 8, 16\), declared \(B, 3, H, W\) = \(6, 3, 16, 16\)")
+class WrongSize(GoodEncoder):
+    """Half the height."""
+
+    def preprocess(self, images, resize="native"):
+        return super().preprocess(images, resize)[:, :, : EDGE // 2]
+
+
+@fault("preprocess", "returned torch.float64, wanted torch.float32")
+class DoublePixels(GoodEncoder):
+    """Pixels in double precision."""
+
+    def preprocess(self, images, resize="native"):
+        return super().preprocess(images, resize).double()
+
+
+@fault("preprocess", "resize='pad' raised KeyError")
+class KnowsThreePolicies(GoodEncoder):
+    """Knows three of the four resize policies."""
+
+    def preprocess(self, images, resize="native"):
+        return super().preprocess(images, {"native": "native", "crop": "crop", "squash": "squash"}[resize])
+
+
+@fault("preprocess", "changed the images that it was given")
+class ShrinksInPlace(GoodEncoder):
+    """Pillow's thumbnail works on the image itself."""
+
+    def preprocess(self, images, resize="native"):
+        for image in images:
+            image.thumbnail((EDGE, EDGE))
+        return super().preprocess(images, resize)
+
+
+@fault("preprocess", "gives an image other pixels among others")
+class NormalisesTheBatch(GoodEncoder):
+    """Centres pixels over all images."""
+
+    def preprocess(self, images, resize="native"):
+        pixels_B3HW = super().preprocess(images, resize)
+        return pixels_B3HW - pixels_B3HW.mean(dim=0, keepdim=True) * (len(images) > 1)
+
+
+@fault("normalisation", r"undone with the mean \(0\.48, 0\.46, 0\.41\) and std .* that spec states it is")
+class AnotherModelsConstants(GoodEncoder):
+    """Statistics of another model than the one that spec states."""
+
+    def preprocess(self, images, resize="native"):
+        other = ImageSpec(height=EDGE, width=EDGE, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), native=self.native)
+        return to_pixels(images, other, resize)
+
+
+@fault("normalisation", "in the order red, green, blue")
+class BlueFirst(GoodEncoder):
+    """Channels in OpenCV's order."""
+
+    def preprocess(self, images, resize="native"):
+        return super().preprocess(images, resize).flip(1)
+
+
+@fault("normalisation", "normalise with what spec states")
+class ForgetsToNormalise(GoodEncoder):
+    """Pixels in [0, 1]."""
+
+    def preprocess(self, images, resize="native"):
+        mean, std = (torch.tensor(value).view(3, 1, 1) for value in (self.mean, self.std))
+        return super().preprocess(images, resize) * std + mean
+
+
+@fault("normalisation", "normalise with what spec states")
+class NormalisesTwice(GoodEncoder):
+    """Once here and once in the inherited method."""
+
+    def preprocess(self, images, resize="native"):
+        mean, std = (torch.tensor(value).view(3, 1, 1) for value in (self.mean, self.std))
+        return (super().preprocess(images, resize) - mean) / std
+
+
+@fault("resize_policy", "with resize='pad' gives what '(native|crop)' should give")
+class IgnoresThePolicy(GoodEncoder):
+    """Always what the published processor does."""
+
+    def preprocess(self, images, resize="native"):
+        return super().preprocess(images)
+
+
+@fault("resize_policy", "with resize='native' gives what 'squash' should give .*spec states native='crop'")
+class SquashesNatively(GoodEncoder):
+    """Its processor squashes, and spec states a crop."""
+
+    def preprocess(self, images, resize="native"):
+        return super().preprocess(images, "squash" if resize == "native" else resize)
+
+
+@fault("resize_policy", "a wide image with resize='pad' gives")
+class PadsWithBlackAtOneSide(GoodEncoder):
+    """The image at the top, and below it as much again of the picture's last row."""
+
+    def preprocess(self, images, resize="native"):
+        if resize != "pad":
+            return super().preprocess(images, resize)
+        return super().preprocess([image.resize((EDGE, EDGE)) for image in images], "pad")
