@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from PIL import Image, ImageOps
+from sklearn.datasets import load_sample_images
 from transformers.utils import logging
 
 from chiasm_encoders._transformers import TransformersEncoder
@@ -135,3 +137,35 @@ def family(request: pytest.FixtureRequest, checkpoints: Callable[[str], Checkpoi
 def checkpoint(request: pytest.FixtureRequest, checkpoints: Callable[[str], Checkpoint]) -> Checkpoint:
     """A checkpoint of each kind in turn."""
     return checkpoints(request.param)
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Image.Image]:
+    """Files of two real photographs, of odd sizes, grey, transparent, with a palette and turned by their EXIF.
+
+    Each with the image that a careful user would give to a published processor: upright, in RGB, on white.
+    """
+    folder = tmp_path_factory.mktemp("photographs")
+    china, flower = (Image.fromarray(array) for array in load_sample_images().images)
+    china.crop((0, 0, 639, 427)).save(folder / "639x427.png")
+    flower.crop((100, 3, 401, 420)).save(folder / "301x417.png")
+    china.resize((97, 61)).save(folder / "97x61.png")
+    flower.resize((33, 150)).save(folder / "33x150.png")
+    china.resize((223, 224)).convert("L").save(folder / "grey.png")
+    flower.resize((150, 101)).quantize(32).save(folder / "palette.png")
+    transparent = flower.resize((171, 133)).convert("RGBA")
+    transparent.putalpha(Image.linear_gradient("L").resize(transparent.size))
+    transparent.save(folder / "rgba.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned a quarter
+    china.resize((203, 131)).save(folder / "turned.jpg", exif=exif)
+    return {path: _upright(path) for path in sorted(folder.iterdir())}
+
+
+def _upright(path: Path) -> Image.Image:
+    image = ImageOps.exif_transpose(Image.open(path))
+    if image.mode == "RGBA":
+        canvas = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        canvas.alpha_composite(image)
+        image = canvas
+    return image.convert("RGB")

@@ -44,7 +44,11 @@ class ImageSpec(Settings):
     native: Literal["crop", "squash"] = "squash"
     """What the published processor does."""
     crop_fraction: float = Field(default=1.0, gt=0, le=1)
-    """Share of the shortest edge that a crop keeps: 224 / 256 for DINOv2's published processor."""
+    """Share of the shortest edge that a crop keeps: 224 / 256 for DINOv2's published processor. Where `native` is
+    `squash`, the share of both edges that is kept after them."""
+    crop_start: Literal["down", "even"] = "down"
+    """Where a crop starts that cannot be in the very middle: rounded down, as transformers does, or to the even pixel,
+    as torchvision and timm do."""
 
 
 def read_image(path: Path) -> Image.Image:
@@ -100,6 +104,9 @@ def fit(image: Image.Image, size: tuple[int, int], resize: Resize, spec: ImageSp
     filter_ = Image.Resampling.BICUBIC if spec.interpolation == "bicubic" else Image.Resampling.BILINEAR
     height, width = size
     if policy == "squash":
+        if resize == "native" and spec.crop_fraction < 1:
+            tall, wide = _before_crop(size, spec.crop_fraction)
+            return _centre(image.resize((wide, tall), filter_), size, spec.crop_start)
         return image.resize((width, height), filter_)
     if policy == "pad":
         scale = min(width / image.width, height / image.height)
@@ -107,18 +114,24 @@ def fit(image: Image.Image, size: tuple[int, int], resize: Resize, spec: ImageSp
         canvas = Image.new("RGB", (width, height), tuple(round(255 * value) for value in spec.mean))
         canvas.paste(image.resize(inner, filter_), ((width - inner[0]) // 2, (height - inner[1]) // 2))
         return canvas
-    return _crop(image, size, filter_, spec.crop_fraction)
-
-
-def _crop(image: Image.Image, size: tuple[int, int], filter_: Image.Resampling, fraction: float) -> Image.Image:
     # the edge that binds is scaled to size, and the other one truncated, as transformers' shortest-edge rule has it, or
-    # crops differ by a pixel; the tolerance is for 384 / (384 / 450), which is just below 450
-    tall, wide = (math.floor(edge / fraction + 1e-6) for edge in size)
+    # crops differ by a pixel
+    tall, wide = _before_crop(size, spec.crop_fraction)
     width, height = image.size
     if wide * height >= tall * width:
         scaled = (wide, max(tall, int(wide * height / width)))
     else:
         scaled = (max(wide, int(tall * width / height)), tall)
-    image = image.resize(scaled, filter_)
-    left, top = (scaled[0] - size[1]) // 2, (scaled[1] - size[0]) // 2
+    return _centre(image.resize(scaled, filter_), size, spec.crop_start)
+
+
+def _before_crop(size: tuple[int, int], fraction: float) -> tuple[int, int]:
+    """The height and width of which a crop to `size` keeps a fraction."""
+    # the tolerance is for 384 / (384 / 450), which is just below 450
+    return math.floor(size[0] / fraction + 1e-6), math.floor(size[1] / fraction + 1e-6)
+
+
+def _centre(image: Image.Image, size: tuple[int, int], start: Literal["down", "even"]) -> Image.Image:
+    margins = image.width - size[1], image.height - size[0]
+    left, top = (margin // 2 if start == "down" else round(margin / 2) for margin in margins)
     return image.crop((left, top, left + size[1], top + size[0]))

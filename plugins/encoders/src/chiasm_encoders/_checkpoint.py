@@ -18,29 +18,36 @@ VISION_PART = {r"^(model\.)?vision_(tower|model)\.(vision_model\.)?": ""}
 """Where a whole model (CLIP, LLaVA, InternVL, ...) keeps its vision tower."""
 
 
+def find_file(source: str, filename: str) -> Path | None:
+    """A file of a checkpoint; None where the checkpoint has no such file.
+
+    Raises:
+        CheckpointError: the folder does not exist, or the hub id cannot be had.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        path = folder / filename
+        return path if path.is_file() else None
+    if folder.is_absolute():
+        raise CheckpointError(f"pretrained: the folder {source!r} does not exist")
+    try:
+        found = cached_file(source, filename)
+    except OSError as error:
+        if filename != "config.json":  # the checkpoint is there, so it is the file that is not
+            return None
+        raise CheckpointError(_unreachable(source, error)) from error
+    return None if found is None else Path(found)
+
+
 def read_json(source: str, filename: str) -> dict[str, Any] | None:
     """A JSON file of a checkpoint; None where the checkpoint has no such file.
 
     Raises:
         CheckpointError: the folder does not exist, the hub id cannot be had, or the file is no JSON object.
     """
-    folder = Path(source)
-    if folder.is_dir():
-        path = folder / filename
-        if not path.is_file():
-            return None
-    elif folder.is_absolute():
-        raise CheckpointError(f"pretrained: the folder {source!r} does not exist")
-    else:
-        try:
-            found = cached_file(source, filename)
-        except OSError as error:
-            if filename != "config.json":  # the checkpoint is there, so it is the file that is not
-                return None
-            raise CheckpointError(_unreachable(source, error)) from error
-        if found is None:
-            return None
-        path = Path(found)
+    path = find_file(source, filename)
+    if path is None:
+        return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

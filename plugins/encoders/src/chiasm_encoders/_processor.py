@@ -1,12 +1,17 @@
-"""What a checkpoint's published image processor does, as an `ImageSpec`."""
+"""What a checkpoint's published image processor does, as an `ImageSpec`.
+
+Shape letters: B images, H and W pixels.
+"""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from pydantic import ValidationError
+from torch import Tensor
 
-from chiasm.errors import CheckpointError
+from chiasm.errors import CheckpointError, ConfigError
 from chiasm.image import ImageSpec
 from chiasm_encoders._checkpoint import read_json
 
@@ -30,6 +35,50 @@ def image_spec(source: str | None, size: tuple[int, int], published: ImageSpec) 
     except (ValueError, TypeError, KeyError) as error:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
         raise CheckpointError(f"pretrained: the image processor of {source!r} is not understood: {reason}") from error
+
+
+def timm_image_spec(model: str, facts: dict[str, Any], image_size: int | None) -> ImageSpec:
+    """The pixels for a timm model, by what timm's `resolve_model_data_config` says of it.
+
+    Raises:
+        ConfigError: the model's evaluation transform is none that an `ImageSpec` can state.
+    """
+    channels, height, width = facts["input_size"]
+    if channels != 3:
+        raise ConfigError(f"model: timm's {model!r} takes {channels} channels; wanted the 3 of RGB")
+    height, width = (height, width) if image_size is None else (image_size, image_size)
+    mode, share = facts["crop_mode"], facts["crop_pct"]
+    natives = {"center": "crop", "squash": "squash"}
+    try:
+        if mode not in natives:
+            raise ValueError(f"crop_mode {mode!r}; wanted center or squash")
+        # timm rounds the edge before the crop down; as a share of that edge nothing is left to round
+        return ImageSpec.model_validate(
+            {
+                "height": height,
+                "width": width,
+                "mean": facts["mean"],
+                "std": facts["std"],
+                "interpolation": facts["interpolation"],
+                "native": natives[mode],
+                "crop_fraction": height / math.floor(height / share),
+                "crop_start": "even",
+            }
+        )
+    except ValueError as error:
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        raise ConfigError(f"model: the preprocessing of timm's {model!r} is not understood: {reason}") from error
+
+
+def check_pixels(pixels_B3HW: Tensor, image: ImageSpec) -> None:
+    """Refuses pixels of another shape than `[B, 3, H, W]`.
+
+    Raises:
+        ValueError: they have another shape.
+    """
+    wanted = (3, image.height, image.width)
+    if pixels_B3HW.shape[1:] != wanted:
+        raise ValueError(f"pixels of shape {tuple(pixels_B3HW.shape)}; wanted [B, {', '.join(map(str, wanted))}]")
 
 
 def _read(source: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from chiasm.image import ImageSpec
 from chiasm.settings import Settings
 from chiasm_encoders import plugin
 from chiasm_encoders._checkpoint import load_model, read_config, some
-from chiasm_encoders._processor import image_spec
+from chiasm_encoders._processor import check_pixels, image_spec
 
 
 class ViTShape(Settings):
@@ -148,9 +148,7 @@ class TransformersEncoder(Encoder):
 
     def forward(self, pixels_B3HW: Tensor) -> Features:
         spec = self.geometry
-        wanted = (3, spec.image.height, spec.image.width)
-        if pixels_B3HW.shape[1:] != wanted:
-            raise ValueError(f"pixels of shape {tuple(pixels_B3HW.shape)}; wanted [B, {', '.join(map(str, wanted))}]")
+        check_pixels(pixels_B3HW, spec.image)
         states_BND = {}
         hidden_BTD = self.tower.stem(pixels_B3HW)
         for index, block in enumerate(self.tower.blocks, start=1):

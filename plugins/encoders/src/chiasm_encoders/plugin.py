@@ -14,4 +14,5 @@ def chiasm_components() -> Iterator[Component]:
     yield Component("encoder", "siglip", "chiasm_encoders.siglip:SiglipEncoder", "SigLIP ViT, sigmoid loss, no CLS")
     yield Component("encoder", "dinov2", "chiasm_encoders.dinov2:Dinov2Encoder", "DINOv2 ViT, trained without text")
     yield Component("encoder", "internvit", "chiasm_encoders.internvit:InternVitEncoder", "InternViT of InternVL")
+    yield Component("encoder", "timm", "chiasm_encoders.timm_model:TimmEncoder", "any timm model, CNNs too")
     yield Component("encoder", "blind", "chiasm_encoders.blind:BlindEncoder", "the same for every image: a control")
