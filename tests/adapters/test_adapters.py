@@ -15,12 +15,21 @@ from torch import nn
 
 from chiasm.errors import CombinationError
 from chiasm.features import FeatureSpec, SequenceSpec, TokenSequence
+from chiasm_adapters.avg_pool import AvgPool
+from chiasm_adapters.c_abstractor import CAbstractor
+from chiasm_adapters.identity import Identity
 from chiasm_adapters.linear import Linear, LinearConfig
 from chiasm_adapters.mlp import Mlp, MlpConfig
+from chiasm_adapters.pixel_shuffle import PixelShuffle
 from chiasm_adapters.project_sum import ProjectSum, ProjectSumConfig
+from chiasm_adapters.qformer import QFormer
+from chiasm_adapters.resampler import Resampler
+from chiasm_adapters.token_packer import TokenPacker
 from chiasm_adapters.transformer import Transformer, TransformerConfig
 
 ADAPTERS = [Linear, Mlp, Transformer]
+OTHERS = [AvgPool, CAbstractor, Identity, PixelShuffle, QFormer, Resampler, TokenPacker]
+"""Each has a file of its own; here is what all have in common."""
 SEQUENCE = SequenceSpec(tokens=6, width=12, grid=(2, 3))
 
 
@@ -226,7 +235,7 @@ def test_specs_are_kept_with_and_without_a_grid(cls, grid, rng):
     assert adapter(draw(spec, rng)).spec == adapter.out == cls.spec(cls.Config(), spec, 9) == SequenceSpec(6, 9, grid)
 
 
-@pytest.mark.parametrize("cls", ADAPTERS)
+@pytest.mark.parametrize("cls", ADAPTERS + OTHERS)
 def test_tiny_keeps_the_random_state(cls, rng):
     before = torch.get_rng_state()
     adapter, again = cls.tiny(), cls.tiny()
@@ -235,7 +244,7 @@ def test_tiny_keeps_the_random_state(cls, rng):
     assert adapter(draw(adapter.sequence, rng)).spec == adapter.out
 
 
-@pytest.mark.parametrize("cls", ADAPTERS)
+@pytest.mark.parametrize("cls", ADAPTERS + OTHERS)
 @pytest.mark.parametrize("gradient", [True, False])
 def test_an_image_is_the_same_alone(cls, gradient, rng):
     adapter = cls.tiny().eval()
@@ -245,7 +254,7 @@ def test_an_image_is_the_same_alone(cls, gradient, rng):
         torch.testing.assert_close(adapter(sequence).tokens[1:2], alone, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("cls", ADAPTERS)
+@pytest.mark.parametrize("cls", ADAPTERS + OTHERS)
 def test_other_sequences_than_the_adapter_was_built_for_raise(cls, rng):
     adapter = cls.tiny()
     width = adapter.sequence.width
@@ -258,7 +267,7 @@ def test_other_sequences_than_the_adapter_was_built_for_raise(cls, rng):
         adapter(TokenSequence(torch.zeros(3, 6, 1, 2), (2, 3)))
 
 
-@pytest.mark.parametrize("cls", ADAPTERS)
+@pytest.mark.parametrize("cls", ADAPTERS + OTHERS)
 def test_state_goes_round_and_meta_instances_hold_as_much(cls, rng):
     adapter = randomise(cls.tiny(), rng).eval()
     copy = cls.tiny().eval()
@@ -272,12 +281,13 @@ def test_state_goes_round_and_meta_instances_hold_as_much(cls, rng):
     }
 
 
-@pytest.mark.parametrize("cls", ADAPTERS)
+@pytest.mark.parametrize("cls", ADAPTERS + OTHERS)
 def test_every_parameter_learns_and_the_dtype_follows(cls, rng):
     adapter = cls.tiny()
     sequence = draw(adapter.sequence, rng)
+    sequence.tokens.requires_grad_()
     adapter(sequence).tokens.square().mean().backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in adapter.parameters())
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in [*adapter.parameters(), sequence.tokens])
     half = adapter.to(torch.bfloat16)(TokenSequence(sequence.tokens.to(torch.bfloat16), sequence.grid))
     assert half.tokens.dtype == torch.bfloat16
 

@@ -10,7 +10,21 @@ import pytest
 
 from chiasm.registry import Registry
 
-NAMES = {"fusion": ["concat_channels", "project_sum", "single"], "adapter": ["linear", "mlp", "transformer"]}
+NAMES = {
+    "fusion": ["concat_channels", "project_sum", "single"],
+    "adapter": [
+        "avg_pool",
+        "c_abstractor",
+        "identity",
+        "linear",
+        "mlp",
+        "pixel_shuffle",
+        "qformer",
+        "resampler",
+        "token_packer",
+        "transformer",
+    ],
+}
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +35,7 @@ def registry():
 def test_the_listing_imports_nothing_heavy():
     code = (
         "import sys; from chiasm_adapters import plugin; list(plugin.chiasm_components());"
-        "print(sorted({'torch', 'pydantic', 'numpy', 'transformers'} & set(sys.modules)))"
+        "print(sorted({'torch', 'pydantic', 'numpy', 'timm', 'transformers'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -5,16 +5,15 @@ Shape letters: B images, N tokens, D width in, E width of the language model.
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Self
 
 from pydantic import Field, PositiveInt
-from torch import nn
 
 from chiasm.adapter import Adapter
 from chiasm.features import SequenceSpec, TokenSequence
 from chiasm.settings import Settings
 from chiasm_adapters._geometry import check_sequence, tiny_weights
+from chiasm_adapters._layers import mlp_widths, perceptron
 
 
 class MlpConfig(Settings):
@@ -44,11 +43,7 @@ class Mlp(Adapter):
 
     def __init__(self, config: MlpConfig, sequence: SequenceSpec, llm_width: int) -> None:
         super().__init__(config, sequence, llm_width)
-        widths = [sequence.width, *[config.hidden or llm_width] * (config.depth - 1), llm_width]
-        layers: list[nn.Module] = []
-        for before, after in pairwise(widths):
-            layers += [nn.GELU(), nn.Linear(before, after, bias=config.bias)]
-        self.layers = nn.Sequential(*layers[1:])
+        self.layers = perceptron(mlp_widths(sequence.width, config.depth, config.hidden, llm_width), config.bias)
 
     @classmethod
     def spec(cls, config: Settings, sequence: SequenceSpec, llm_width: int) -> SequenceSpec:

@@ -31,3 +31,34 @@ def chiasm_components() -> Iterator[Component]:
         "chiasm_adapters.transformer:Transformer",
         "self-attention layers, then a matrix (OmniFusion)",
     )
+    yield Component("adapter", "identity", "chiasm_adapters.identity:Identity", "nothing, where the width fits already")
+    yield Component(
+        "adapter",
+        "pixel_shuffle",
+        "chiasm_adapters.pixel_shuffle:PixelShuffle",
+        "neighbouring tokens to channels, then linear layers (InternVL)",
+    )
+    yield Component(
+        "adapter", "avg_pool", "chiasm_adapters.avg_pool:AvgPool", "mean of neighbours, then linear layers (DeCo)"
+    )
+    yield Component(
+        "adapter",
+        "resampler",
+        "chiasm_adapters.resampler:Resampler",
+        "learned latents gather from the tokens (Flamingo)",
+    )
+    yield Component(
+        "adapter", "qformer", "chiasm_adapters.qformer:QFormer", "learned queries in a BERT, cross-attending (BLIP-2)"
+    )
+    yield Component(
+        "adapter",
+        "c_abstractor",
+        "chiasm_adapters.c_abstractor:CAbstractor",
+        "convolutions around a pooling to a square (Honeybee)",
+    )
+    yield Component(
+        "adapter",
+        "token_packer",
+        "chiasm_adapters.token_packer:TokenPacker",
+        "each token gathers from its own region (TokenPacker)",
+    )
