@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-CPU = ("demo_time.py", "job_submit.py")
+CPU = ("contract_faults.py", "demo_time.py", "job_submit.py")
 
 if __name__ == "__main__":
     for name in CPU:
