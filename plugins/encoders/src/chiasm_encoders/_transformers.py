@@ -5,6 +5,7 @@ Shape letters: B images, H and W pixels, T tokens with CLS and registers, N patc
 
 from __future__ import annotations
 
+import copy
 import importlib
 from typing import Any, ClassVar, Self
 
@@ -13,7 +14,7 @@ from pydantic import PositiveInt, model_validator
 from torch import Tensor, nn
 
 from chiasm.encoder import Encoder, EncoderConfig, EncoderSpec, select_layers
-from chiasm.errors import CheckpointError
+from chiasm.errors import CheckpointError, ConfigError
 from chiasm.features import Features, FeatureSpec
 from chiasm.image import ImageSpec
 from chiasm.settings import Settings
@@ -53,6 +54,9 @@ class TransformersConfig(EncoderConfig):
 
     shape: ViTShape | None = None
     """Geometry of random weights; null for the family's default. A checkpoint states its own."""
+    image_size: PositiveInt | None = None
+    """Edge of the square image in pixels, a multiple of the patch, for another resolution than the checkpoint's.
+    Position embeddings are interpolated once, as transformers does it for the family."""
 
     @model_validator(mode="after")
     def _one_geometry(self) -> Self:
@@ -91,7 +95,7 @@ class TransformersEncoder(Encoder):
 
     A family sets `Config`, `Shape`, `models` and `published`, and overrides the methods in which it differs.
     Selected layers equal transformers' `hidden_states`, less the prefix tokens; blocks behind the last selected one
-    are dropped. Images have the size that the checkpoint states.
+    are dropped. Images have the size that the checkpoint states, unless `image_size` asks for another.
     """
 
     Config: ClassVar[type[TransformersConfig]] = TransformersConfig
@@ -103,6 +107,8 @@ class TransformersEncoder(Encoder):
     """What the family's published processor does, for checkpoints without a processor file."""
     block_arguments: ClassVar[tuple[None, ...]] = ()
     """What a block wants after its input."""
+    positions: ClassVar[str | None] = "position_embeddings"
+    """Name of the position embeddings in the part before the blocks; None where positions are no weights."""
 
     config: TransformersConfig
 
@@ -112,7 +118,9 @@ class TransformersEncoder(Encoder):
         self.layers = select_layers(config.layers, architecture.num_hidden_layers)
         self.prefix = self.prefix_tokens(architecture)
         if config.pretrained is None:
-            self.tower = self._tower(model_class(architecture), config)
+            model = model_class(architecture)
+            self._resize(model, architecture, config)
+            self.tower = self._tower(model, config)
         else:
             self.tower = self._load(model_class, architecture, config.pretrained)
         self.eval()
@@ -121,6 +129,7 @@ class TransformersEncoder(Encoder):
     def spec(cls, config: EncoderConfig) -> EncoderSpec:
         assert isinstance(config, TransformersConfig)
         model_class, architecture = cls._architecture(config)
+        architecture = _resized(architecture, config)
         depth: int = architecture.num_hidden_layers
         width: int = architecture.hidden_size
         layers = select_layers(config.layers, depth)
@@ -222,8 +231,25 @@ class TransformersEncoder(Encoder):
         last = max(select_layers(config.layers, len(blocks)))
         return Tower(cls.stem(model), blocks[:last], cls.norm(model, config))
 
+    @classmethod
+    def _resize(cls, model: Any, architecture: Any, config: TransformersConfig) -> None:
+        """Gives a model the position embeddings of the resolution that the configuration asks for."""
+        resized = _resized(architecture, config)
+        if cls.positions is None or resized is architecture:
+            return
+        height, width = _pair(resized.image_size)
+        old, new = model.embeddings, type(model.embeddings)(resized)
+        weights = old.state_dict()
+        wanted = new.state_dict()[cls.positions]
+        tokens_1TD = torch.empty(1, wanted.shape[-2], wanted.shape[-1])  # only its shape is looked at
+        with torch.no_grad():
+            positions = old.interpolate_pos_encoding(tokens_1TD, height, width)
+        new.load_state_dict(weights | {cls.positions: positions.view_as(wanted)})
+        model.embeddings = new
+
     def _load(self, model_class: Any, architecture: Any, source: str) -> Tower:
         model, missing = load_model(model_class, architecture, source)
+        self._resize(model, architecture, self.config)
         names = {parameter: name for name, parameter in model.named_parameters()}
         tower = self._tower(model, self.config)
         random = missing & {names[parameter] for parameter in tower.parameters()}
@@ -241,6 +267,24 @@ def _families() -> dict[str, type[TransformersEncoder]]:
         if issubclass(cls, TransformersEncoder):
             classes[component.name] = cls
     return classes
+
+
+def _resized(architecture: Any, config: TransformersConfig) -> Any:
+    """The architecture at the resolution that the configuration asks for, the same object where it is its own.
+
+    Raises:
+        ConfigError: the resolution is no multiple of the patch.
+    """
+    size, patches = config.image_size, _pair(architecture.patch_size)
+    if size is None or (size, size) == _pair(architecture.image_size):
+        return architecture
+    if any(size % patch for patch in patches):
+        below = size - size % patches[0]
+        near = f"{below} or {below + patches[0]}" if below else str(patches[0])
+        raise ConfigError(f"image_size {size} is not a multiple of the patch of {patches[0]} pixels; try {near}")
+    resized = copy.deepcopy(architecture)
+    resized.image_size = size if isinstance(architecture.image_size, int) else (size, size)
+    return resized
 
 
 def _pair(size: Any) -> tuple[int, int]:

@@ -43,6 +43,7 @@ class ClipEncoder(TransformersEncoder):
         native="crop",
     )
     block_arguments = (None,)  # no attention mask
+    positions = "position_embedding.weight"
 
     @classmethod
     def stem(cls, model: Any) -> nn.Module:

@@ -39,6 +39,7 @@ class SiglipEncoder(TransformersEncoder):
     models = (SiglipVisionModel,)
     published = ImageSpec(height=512, width=512, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), native="squash")
     block_arguments = (None,)  # no attention mask
+    positions = "position_embedding.weight"
 
     @classmethod
     def prefix_tokens(cls, architecture: Any) -> int:
