@@ -56,11 +56,12 @@ def plan(file: Path, text: int, answer: int, gpu_memory: float | None, as_json: 
 @click.argument("run_file", metavar="RUN", type=EXISTING)
 @click.option("--out", type=NEW, required=True, help="Folder of the results; a run found there is taken up.")
 @click.option("--loader-workers", default=0, show_default=True, help="Processes that make samples ready ahead.")
+@click.option("--checkpoint-seconds", default=600.0, show_default=True, help="Between checkpoints within a stage.")
 @as_json
-def train(run_file: Path, out: Path, loader_workers: int, as_json: bool) -> None:
+def train(run_file: Path, out: Path, loader_workers: int, checkpoint_seconds: float, as_json: bool) -> None:
     """Train and evaluate one RUN file in this process.
 
-    Writes the configuration (run.json), weights in safetensors for each stage, metrics.jsonl, a row for each
+    Stopped anywhere, it goes on from its last checkpoint when it is called again. Writes the configuration (run.json), weights in safetensors for each stage, metrics.jsonl, a row for each
     question (questions.parquet) and the manifest with scores and cost.
     """
     from chiasm.config import load_run
@@ -77,7 +78,9 @@ def train(run_file: Path, out: Path, loader_workers: int, as_json: bool) -> None
     folder = out.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     labels: dict[str, Any] = {"trial": folder.name, "study": None, "cell": {}}
-    manifest = run_here(Job(run.model_dump(mode="json"), str(folder), labels, loader_workers), quiet=as_json)
+    values = run.model_dump(mode="json")
+    job = Job(values, str(folder), labels, loader_workers, checkpoint_seconds=checkpoint_seconds)
+    manifest = run_here(job, quiet=as_json)
     _print_scores(manifest, folder, as_json)
 
 

@@ -24,6 +24,8 @@ class Resources(Settings):
     """Trials at once; auto: as many as the cluster holds."""
     loader_workers: int | Literal["auto"] = "auto"
     """Processes that make samples ready ahead of the model; auto: none on the CPU, up to 8 beside a GPU."""
+    checkpoint_seconds: float = Field(default=600, ge=0)
+    """Between checkpoints within a stage."""
     retries: int = Field(default=2, ge=0)
     """How often a trial starts again after its worker died. An error of the trial itself is never retried."""
 

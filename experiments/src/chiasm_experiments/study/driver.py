@@ -213,7 +213,9 @@ class _Driver:
         labels = {"trial": trial.name, "study": self.record.study_name, "cell": trial.cell.levels}
         folder = self.folder / TRIALS / trial.name
         folder.mkdir(parents=True, exist_ok=True)
-        job = Job(trial.run.model_dump(mode="json"), str(folder), labels, self.pool.loader_workers)
+        seconds = self.pool.resources.checkpoint_seconds
+        values = trial.run.model_dump(mode="json")
+        job = Job(values, str(folder), labels, self.pool.loader_workers, checkpoint_seconds=seconds)
         self.pool.submit(job)
 
     def _retry(self, name: str, error: str) -> bool:

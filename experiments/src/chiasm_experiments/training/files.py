@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import safe_open
@@ -95,3 +96,36 @@ def _load(vlm: VLM, part: Part, file: str) -> None:
             if value.shape != learned[name].shape:  # copy_ would stretch a single row
                 raise ValueError(f"{name} is {tuple(value.shape)}, wanted {tuple(learned[name].shape)}")
             learned[name].copy_(value)
+
+
+class MetricsLog:
+    """`metrics.jsonl`: a line for each step of each stage, each step once however often the run was taken up."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.lines: list[dict[str, Any]] = []
+        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+            # a kill may have cut the last line off
+            with contextlib.suppress(ValueError):
+                self.lines.append(json.loads(line))
+        self._rewrite()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def write(self, stage: str, step: int, metrics: dict[str, float]) -> None:
+        """Adds a step; steps that the run took before it was stopped, and takes again, are dropped first."""
+        if any(line["stage"] == stage and line["step"] >= step for line in self.lines):
+            self.file.close()
+            self.lines = [line for line in self.lines if line["stage"] != stage or line["step"] < step]
+            self._rewrite()
+        self.file.write(json.dumps({"stage": stage, "step": step, **metrics}) + "\n")
+
+    def _rewrite(self) -> None:
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
+        os.replace(temporary, self.path)
+        self.file = self.path.open("a", encoding="utf-8", buffering=1)

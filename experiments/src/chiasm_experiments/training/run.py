@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -24,11 +23,13 @@ from chiasm_experiments.data.mixture import Mixture, load_mixture
 from chiasm_experiments.evaluation import evaluate, load_benchmarks, scores, write_rows
 from chiasm_experiments.training import environment
 from chiasm_experiments.training.cache import WarmParts
+from chiasm_experiments.training.checkpoint import Checkpoints
 from chiasm_experiments.training.files import (
     MANIFEST,
     METRICS,
     QUESTIONS,
     RUN,
+    MetricsLog,
     has_parts,
     load_parts,
     read_json,
@@ -53,6 +54,7 @@ class Job:
         labels: what identifies the run in its study: `trial`, `cell`, `study`.
         loader_workers: processes that decode and preprocess images ahead of the model; 0: none.
         memo_bytes: memory for features of frozen encoders; used where `loader_workers` is 0.
+        checkpoint_seconds: between checkpoints within a stage.
         command: what the user ran, which on a worker is another.
     """
 
@@ -61,6 +63,7 @@ class Job:
     labels: dict[str, Any]
     loader_workers: int = 0
     memo_bytes: int = 2**30
+    checkpoint_seconds: float = 600.0
     command: list[str] = field(default_factory=environment.command)
 
 
@@ -105,7 +108,7 @@ def execute(job: Job, progress: Progress, warm: WarmParts | None = None) -> dict
     benchmarks = load_benchmarks(run.evaluate)
     manifest = _begin(job, run, vlm, workers)
     loaded = time.perf_counter()
-    stages = _train(vlm, run, mixtures, feed, workers, folder, progress, job.loader_workers)
+    stages = _train(vlm, run, mixtures, feed, workers, job, progress)
     trained = time.perf_counter()
 
     if workers.first:
@@ -202,15 +205,13 @@ def _train(
     mixtures: list[Mixture],
     feed: Feed,
     workers: Workers,
-    folder: Path,
+    job: Job,
     progress: Progress,
-    loader_workers: int,
 ) -> list[dict[str, Any]]:
     """Trains or reads each stage; what each cost."""
-    results = []
+    results, folder = [], Path(job.folder)
     with contextlib.ExitStack() as files:
-        if workers.first:
-            log = files.enter_context((folder / METRICS).open("a", encoding="utf-8", buffering=1))
+        log = files.enter_context(MetricsLog(folder / METRICS)) if workers.first else None
         for index, stage in enumerate(run.stages):
             place_ = folder / "stages" / stage.name
             if has_parts(place_):
@@ -219,15 +220,21 @@ def _train(
                 continue
 
             def on_step(step: int, steps: int, metrics: dict[str, float], name: str = stage.name) -> None:
-                log.write(json.dumps({"stage": name, "step": step, **metrics}) + "\n")
+                assert log is not None
+                log.write(name, step, metrics)
                 progress(name, step, steps, metrics["loss"])
                 registry().plugins.hook.chiasm_metrics(folder=folder, stage=name, step=step, metrics=metrics)
 
-            result = train_stage(vlm, run, index, mixtures[index], feed, workers, on_step, loader_workers)
+            checkpoints = Checkpoints(place_, workers, job.checkpoint_seconds)
+            files.callback(checkpoints.close)
+            result = train_stage(
+                vlm, run, index, mixtures[index], feed, workers, on_step, job.loader_workers, checkpoints
+            )
             results.append({"name": stage.name, "train": list(stage.train), **asdict(result)})
             if workers.first:
                 write_json(place_ / "result.json", results[-1])
                 save_parts(vlm, place_, _parts_to_save(run, index), _random_parts(run))
+            checkpoints.clear()
             workers.barrier()
     return results
 

@@ -15,6 +15,7 @@ from chiasm.vlm import VLM
 from chiasm_experiments.data.feed import Example, Feed
 from chiasm_experiments.data.mixture import Mixture
 from chiasm_experiments.data.order import Order
+from chiasm_experiments.training.checkpoint import Checkpoints, Learner, Position
 from chiasm_experiments.training.optim import make_optimizer, make_schedule
 from chiasm_experiments.training.precision import autocast
 from chiasm_experiments.training.workers import Workers
@@ -52,8 +53,9 @@ def train_stage(
     workers: Workers,
     on_step: OnStep,
     loader_workers: int = 0,
+    checkpoints: Checkpoints | None = None,
 ) -> StageResult:
-    """Trains the parts that a stage names, in place.
+    """Trains the parts that a stage names, in place; goes on from its newest checkpoint where it has one.
 
     The loss of a step is the mean over its supervised tokens, whatever the micro-batch and the number of workers:
     every micro-batch contributes its sum divided by the count of the whole step, and gradients are added.
@@ -73,13 +75,14 @@ def train_stage(
     # dropout draws from torch's global generator; the stage's draws depend on nothing that ran before
     torch.manual_seed(run.seed * 1009 + index * 101 + workers.rank)
 
-    losses: list[float] = []
-    total_tokens = cut = 0
-    started = time.perf_counter()
-    for step, examples in enumerate(_steps(order, steps, samples, feed, workers, loader_workers)):
+    learner = Learner(vlm, stage, optimizer, schedule)
+    position = checkpoints.load(learner) if checkpoints else Position()
+    spent, started = position.seconds, time.perf_counter()
+    todo = range(position.step, steps)
+    for step, examples in zip(todo, _steps(order, todo, samples, feed, workers, loader_workers), strict=True):
         before = time.perf_counter()
         tokens = int(workers.sum(sum(example.prompt.supervised for example in examples)))
-        cut += int(workers.sum(sum(example.prompt.cut for example in examples)))
+        position.cut_positions += int(workers.sum(sum(example.prompt.cut for example in examples)))
         loss_sum = 0.0
         size = stage.micro_batch_size or max(1, len(examples))
         for first in range(0, len(examples), size):
@@ -100,21 +103,26 @@ def train_stage(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
-        losses.append(mean)
-        total_tokens += tokens
+        position.step = step + 1
+        position.losses.append(mean)
+        position.supervised_tokens += tokens
+        position.seconds = spent + time.perf_counter() - started
         if workers.first:
             elapsed = time.perf_counter() - before
             metrics = {"loss": mean, "lr": rate, "gradient_norm": float(norm), "tokens_per_second": tokens / elapsed}
             on_step(step + 1, steps, metrics)
+        if checkpoints and step + 1 < steps:  # after the last step the whole stage is saved
+            checkpoints.step(learner, position)
+    losses = position.losses
     tail = losses[-max(1, len(losses) // 10) :]
     return StageResult(
         steps=steps,
         samples=steps * stage.batch_size,
-        supervised_tokens=total_tokens,
-        cut_positions=cut,
+        supervised_tokens=position.supervised_tokens,
+        cut_positions=position.cut_positions,
         first_loss=losses[0],
         last_loss=sum(tail) / len(tail),
-        seconds=time.perf_counter() - started,
+        seconds=position.seconds,
     )
 
 
@@ -130,10 +138,10 @@ def check_stage(stage: StageConfig, feed: Feed, samples: Mixture, probe: int = 4
 
 
 def _steps(
-    order: Order, steps: int, samples: Mixture, feed: Feed, workers: Workers, loader_workers: int
+    order: Order, steps: range, samples: Mixture, feed: Feed, workers: Workers, loader_workers: int
 ) -> Iterator[list[Example]]:
     """This worker's examples of each step."""
-    share = [order.step(step)[workers.rank :: workers.size] for step in range(steps)]
+    share = [order.step(step)[workers.rank :: workers.size] for step in steps]
     if loader_workers == 0:
         for indices in share:
             yield [feed.train(samples[i]) for i in indices]

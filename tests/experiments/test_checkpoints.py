@@ -1,0 +1,179 @@
+"""A stage that was stopped anywhere goes on from its checkpoint and ends with the same bits."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from chiasm.config import RunConfig, TokensConfig
+from chiasm.prompt import PromptBuilder
+from chiasm.sample import Sample, Turn
+from chiasm_experiments.data.feed import Feed
+from chiasm_experiments.data.mixture import Mixture
+from chiasm_experiments.training.checkpoint import Checkpoints
+from chiasm_experiments.training.files import MetricsLog
+from chiasm_experiments.training.stage import train_stage
+from chiasm_experiments.training.workers import Workers
+
+ALONE = Workers(0, 1, torch.device("cpu"))
+STEPS = 7
+
+
+class Texts:
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, index: int) -> Sample:
+        return Sample(f"s{index}", (Turn("what?", "abcdefghij"[: index + 1]),))
+
+
+class StoppedError(Exception):
+    pass
+
+
+@pytest.fixture
+def learner(make_vlm):
+    """A toy model whose language model has dropout, so that the random state matters."""
+
+    def make():
+        vlm = make_vlm()
+        head = vlm.llm.head
+        vlm.llm.head = nn.Sequential(nn.Dropout(0.5), head)
+        return vlm
+
+    return make
+
+
+def run_config(**stage) -> RunConfig:
+    base = {"name": "s", "data": "x", "train": ["adapter", "tokens", "llm"], "lr": 1e-2, "batch_size": 4}
+    base |= {"steps": STEPS, "weight_decay": 0.1, "warmup": 0.3}
+    values = {"vision": {"encoders": ["x"]}, "llm": "x", "stages": [base | stage], "system": ""}
+    return RunConfig.model_validate(values)
+
+
+def train(vlm, folder, stop_after: int | None = None, log: list | None = None, seconds: float = 0):
+    builder = PromptBuilder(vlm.llm, TokensConfig(), vlm.visual_tokens, "")
+    checkpoints = Checkpoints(folder, ALONE, seconds)
+
+    def on_step(step, steps, metrics):
+        if log is not None:
+            log.append((step, metrics["loss"], metrics["lr"]))
+        if step == stop_after:
+            checkpoints.wait()
+            raise StoppedError
+
+    try:
+        return train_stage(
+            vlm, run_config(), 0, Mixture([Texts()]), Feed(vlm, builder), ALONE, on_step, checkpoints=checkpoints
+        )
+    finally:
+        checkpoints.close()
+
+
+def weights(vlm):
+    return {name: value.clone() for name, value in vlm.state_dict().items()}
+
+
+def assert_equal(found, wanted):
+    assert set(found) == set(wanted)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@pytest.fixture
+def undisturbed(learner, tmp_path):
+    vlm, log = learner(), []
+    result = train(vlm, tmp_path / "undisturbed", log=log)
+    return weights(vlm), log, result
+
+
+@pytest.mark.parametrize("stops", [[1], [2], [4], [6], [2, 5], [3, 3, 4, 6]])
+def test_a_stage_that_was_stopped_ends_with_the_same_bits(learner, tmp_path, undisturbed, stops):
+    wanted, steps, result = undisturbed
+    log: list = []
+    for stop in stops:
+        with pytest.raises(StoppedError):
+            train(learner(), tmp_path / "stage", stop_after=stop, log=log)
+    last = learner()
+    found = train(last, tmp_path / "stage", log=log)
+    assert_equal(weights(last), wanted)
+    # a step that was stopped before its checkpoint is taken again, with the same loss and rate; none is skipped
+    assert sorted(set(log)) == steps
+    assert found.last_loss == result.last_loss
+    assert found.first_loss == result.first_loss
+    assert found.supervised_tokens == result.supervised_tokens
+    assert found.steps == STEPS
+
+
+def test_other_weights_at_the_start_change_nothing_of_what_is_resumed(learner, tmp_path, undisturbed):
+    wanted, _, _ = undisturbed
+    with pytest.raises(StoppedError):
+        train(learner(), tmp_path / "stage", stop_after=5)
+    other = learner()
+    with torch.no_grad():
+        for part in ("adapter", "tokens", "llm"):
+            for parameter in other.part(part).parameters():
+                parameter.add_(1.0)
+    train(other, tmp_path / "stage")
+    assert_equal(weights(other), wanted)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "random-0.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(learner, tmp_path, undisturbed, file, damage, capsys):
+    wanted, _, _ = undisturbed
+    folder = tmp_path / "stage"
+    with pytest.raises(StoppedError):
+        train(learner(), folder, stop_after=5)
+    newest = sorted(folder.glob("checkpoint-*"))[-1] / file
+    if damage == "cut":
+        newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
+    else:
+        newest.unlink()
+    last = learner()
+    train(last, folder)
+    assert_equal(weights(last), wanted)
+    assert "checkpoint-00000004 cannot be read" in capsys.readouterr().out
+
+
+def test_a_write_that_was_killed_leaves_the_last_good_one(learner, tmp_path, undisturbed):
+    wanted, _, _ = undisturbed
+    folder = tmp_path / "stage"
+    with pytest.raises(StoppedError):
+        train(learner(), folder, stop_after=4)
+    half = folder / ".checkpoint-00000004"
+    half.mkdir()
+    (half / "model.safetensors").write_bytes(b"half")
+    last = learner()
+    train(last, folder)
+    assert_equal(weights(last), wanted)
+
+
+def test_the_newest_two_are_kept_and_no_step_waits_for_time(learner, tmp_path):
+    folder = tmp_path / "stage"
+    with pytest.raises(StoppedError):
+        train(learner(), folder, stop_after=6)
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-00000004", "checkpoint-00000005"]
+    with pytest.raises(StoppedError):
+        train(learner(), tmp_path / "seldom", stop_after=6, seconds=3600)
+    assert not (tmp_path / "seldom").exists()
+
+
+def test_a_log_holds_each_step_once(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with MetricsLog(path) as log:
+        for step in (1, 2, 3):
+            log.write("a", step, {"loss": float(step)})
+        for step in (1, 2):
+            log.write("b", step, {"loss": 10.0 + step})
+    with path.open("a") as file:
+        file.write('{"stage": "b", "st')  # killed while it wrote
+    with MetricsLog(path) as log:
+        for step in (2, 3):
+            log.write("b", step, {"loss": 20.0 + step})
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(line["stage"], line["step"], line["loss"]) for line in found] == [
+        ("a", 1, 1.0), ("a", 2, 2.0), ("a", 3, 3.0), ("b", 1, 11.0), ("b", 2, 22.0), ("b", 3, 23.0),
+    ]  # fmt: skip
