@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import click
 
@@ -19,6 +20,7 @@ def cli() -> None:
 
     \b
     chiasm plugins                 what is installed
+    chiasm new encoder NAME        a package of your own, to be changed
     chiasm check encoder NAME      does a component keep its contract?
     chiasm plan STUDY.yaml         what would run, and what cannot
     chiasm sweep STUDY.yaml        run it and write the report
@@ -88,6 +90,23 @@ def check(kind: str, name: str, as_json: bool) -> None:
         click.echo(f"{kind} {name}: {len(results) - failed} of {len(results)} checks passed")
     if not all(result.passed for result in results):
         raise SystemExit(1)
+
+
+@cli.command()
+@click.argument("kind")
+@click.argument("name")
+@click.option("--out", type=click.Path(path_type=Path), help="The package's folder; NAME here, if left out.")
+def new(kind: str, name: str, out: Path | None) -> None:
+    """Write a package with a small component of a KIND (encoder, fusion, adapter, llm) that runs will call NAME.
+
+    It keeps its contract as it is written; change it from there.
+    """
+    from chiasm.scaffold import new_package
+
+    folder = Path(name) if out is None else out
+    for file in new_package(kind, name, folder):
+        click.echo(folder / file)
+    click.echo(f"\npip install -e {folder} && chiasm check {kind} {name}")
 
 
 def main(prefix: Sequence[str] = ()) -> None:
