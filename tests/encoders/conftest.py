@@ -17,6 +17,7 @@ from transformers.utils import logging
 from chiasm_encoders._transformers import TransformersEncoder
 from chiasm_encoders.clip import ClipEncoder
 from chiasm_encoders.dinov2 import Dinov2Encoder
+from chiasm_encoders.dinov3 import Dinov3Encoder
 from chiasm_encoders.internvit import InternVitEncoder
 from chiasm_encoders.siglip import SiglipEncoder
 
@@ -25,10 +26,15 @@ TEXT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "in
 CHAT = tf.Qwen2Config(**TEXT, num_key_value_heads=1)
 TOWERS = {
     "clip": tf.CLIPVisionConfig(**VIT, intermediate_size=64),
+    "open": tf.CLIPVisionConfig(**VIT, intermediate_size=64, hidden_act="gelu"),
     "siglip": tf.SiglipVisionConfig(**VIT, intermediate_size=64),
     "dinov2": tf.Dinov2Config(**VIT, mlp_ratio=2),
     "registers": tf.Dinov2WithRegistersConfig(**VIT, mlp_ratio=2, num_register_tokens=3),
     "swiglu": tf.Dinov2Config(**VIT, use_swiglu_ffn=True),
+    "dinov3": tf.DINOv3ViTConfig(**VIT, intermediate_size=64, num_register_tokens=2),
+    "gated": tf.DINOv3ViTConfig(
+        **VIT, intermediate_size=64, num_register_tokens=2, use_gated_mlp=True, hidden_act="silu", key_bias=True
+    ),
     "internvit": tf.InternVLVisionConfig(**VIT, intermediate_size=64, use_qk_norm=True, norm_type="rms_norm"),
 }
 TEXT_TOWER = {**TEXT, "max_position_embeddings": 8, "bos_token_id": 1, "eos_token_id": 2}
@@ -46,6 +52,7 @@ class Case:
 
 CASES = {
     "clip": Case(ClipEncoder, lambda: tf.CLIPVisionModel(TOWERS["clip"]), 1),
+    "clip-open": Case(ClipEncoder, lambda: tf.CLIPVisionModel(TOWERS["open"]), 1),
     "clip-whole": Case(
         ClipEncoder,
         lambda: tf.CLIPModel(
@@ -77,6 +84,8 @@ CASES = {
     ),
     "dinov2-registers": Case(Dinov2Encoder, lambda: tf.Dinov2WithRegistersModel(TOWERS["registers"]), 4),
     "dinov2-swiglu": Case(Dinov2Encoder, lambda: tf.Dinov2Model(TOWERS["swiglu"]), 1),
+    "dinov3": Case(Dinov3Encoder, lambda: tf.DINOv3ViTModel(TOWERS["dinov3"]), 3),
+    "dinov3-gated": Case(Dinov3Encoder, lambda: tf.DINOv3ViTModel(TOWERS["gated"]), 3),
     "internvit": Case(InternVitEncoder, lambda: tf.InternVLVisionModel(TOWERS["internvit"]), 1),
     "internvit-whole": Case(
         InternVitEncoder,
@@ -87,7 +96,7 @@ CASES = {
         lambda model: model.model.vision_tower,
     ),
 }
-FAMILIES = ["clip", "siglip", "dinov2", "dinov2-registers", "internvit"]
+FAMILIES = ["clip", "siglip", "dinov2", "dinov2-registers", "dinov3", "internvit"]
 """One checkpoint of each architecture."""
 
 

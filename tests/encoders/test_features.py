@@ -99,3 +99,9 @@ def test_dtype_moves(family):
 def test_pixels_of_another_size_are_refused(family, shape):
     with pytest.raises(ValueError, match=r"wanted \[B, 3, 16, 16\]"):
         family.build()(torch.zeros(shape))
+
+
+def test_positions_of_dinov3_are_not_scaled_at_random_where_it_is_trained(checkpoints):
+    encoder = checkpoints("dinov3").build()
+    given = encoder(PIXELS).tokens
+    assert torch.equal(encoder.train()(PIXELS).tokens, given)

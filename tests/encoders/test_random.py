@@ -10,10 +10,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from chiasm_encoders.clip import ClipEncoder
 from chiasm_encoders.dinov2 import Dinov2Encoder
+from chiasm_encoders.dinov3 import Dinov3Encoder
 from chiasm_encoders.internvit import InternVitEncoder
 from chiasm_encoders.siglip import SiglipEncoder
 
-ENCODERS = [ClipEncoder, SiglipEncoder, Dinov2Encoder, InternVitEncoder]
+ENCODERS = [ClipEncoder, SiglipEncoder, Dinov2Encoder, Dinov3Encoder, InternVitEncoder]
 SHAPE = {"image_size": 32, "patch_size": 8, "width": 48, "depth": 4, "heads": 3, "mlp_width": 96}
 
 each_encoder = pytest.mark.parametrize("encoder", ENCODERS, ids=lambda cls: cls.__name__)
@@ -41,6 +42,7 @@ def test_shape_is_the_geometry(encoder):
         (ClipEncoder, 336, 24, 1024, 24, 303.5),
         (SiglipEncoder, 512, 32, 768, 12, 86.4),
         (Dinov2Encoder, 518, 37, 1024, 24, 304.4),
+        (Dinov3Encoder, 224, 14, 1024, 24, 303.1),
         (InternVitEncoder, 448, 32, 3200, 45, 5536.5),
     ],
     ids=lambda value: getattr(value, "__name__", None),
@@ -59,7 +61,7 @@ def test_flops_are_those_that_torch_counts(encoder, layers):
     _assert_flops(encoder.build(config), 32)
 
 
-@pytest.mark.parametrize("name", ["dinov2-registers", "dinov2-swiglu"])
+@pytest.mark.parametrize("name", ["dinov2-registers", "dinov2-swiglu", "dinov3-gated"])
 def test_flops_of_other_architectures(checkpoints, name):
     _assert_flops(checkpoints(name).build(), 16)
 

@@ -74,13 +74,17 @@ class Tower(nn.Module):
         stem: pixels `[B, 3, H, W]` to the first block's input `[B, T, D]`.
         blocks: up to the last selected one.
         norm: applied to each selected layer.
+        rotary: pixels to what rotates queries and keys in each block, where positions are no weights.
     """
 
-    def __init__(self, stem: nn.Module, blocks: nn.ModuleList, norm: nn.Module) -> None:
+    def __init__(
+        self, stem: nn.Module, blocks: nn.ModuleList, norm: nn.Module, rotary: nn.Module | None = None
+    ) -> None:
         super().__init__()
         self.stem = stem
         self.blocks = blocks
         self.norm = norm
+        self.rotary = rotary
 
     def flops(self, patches: int, tokens: int, width: int) -> int:
         """Operations of one view: each matrix product of the patch embedding, of attention and of the MLPs."""
@@ -105,8 +109,8 @@ class TransformersEncoder(Encoder):
     """The transformers classes that the family takes; the first is the one of random weights."""
     published: ClassVar[ImageSpec]
     """What the family's published processor does, for checkpoints without a processor file."""
-    block_arguments: ClassVar[tuple[None, ...]] = ()
-    """What a block wants after its input."""
+    architecture_fixed: ClassVar[dict[str, Any]] = {}
+    """Fields of transformers' configuration that are so whatever a checkpoint states."""
     positions: ClassVar[str | None] = "position_embeddings"
     """Name of the position embeddings in the part before the blocks; None where positions are no weights."""
 
@@ -160,13 +164,18 @@ class TransformersEncoder(Encoder):
         check_pixels(pixels_B3HW, spec.image)
         states_BND = {}
         hidden_BTD = self.tower.stem(pixels_B3HW)
+        arguments = self.block_inputs(pixels_B3HW)
         for index, block in enumerate(self.tower.blocks, start=1):
-            hidden_BTD = block(hidden_BTD, *self.block_arguments)
+            hidden_BTD = block(hidden_BTD, *arguments)
             if index in self.layers:
                 states_BND[index] = self.tower.norm(hidden_BTD[:, self.prefix :])
         return Features(torch.stack([states_BND[index] for index in self.layers], dim=1), spec.features.grid)
 
     # where families differ
+
+    def block_inputs(self, pixels_B3HW: Tensor) -> tuple[Any, ...]:
+        """What each block wants after its input; None stands for no attention mask."""
+        return ()
 
     @classmethod
     def architecture(cls, shape: ViTShape) -> dict[str, Any]:
@@ -196,6 +205,11 @@ class TransformersEncoder(Encoder):
         """The part that a selected layer passes through."""
         return nn.Identity()
 
+    @classmethod
+    def rotary(cls, model: Any) -> nn.Module | None:
+        """The part that makes rotary position embeddings from pixels."""
+        return None
+
     # how a model is made
 
     @classmethod
@@ -210,7 +224,9 @@ class TransformersEncoder(Encoder):
         if model_class is None:
             raise CheckpointError(cls._refusal(str(config.pretrained), model_type))
         try:
-            return model_class, model_class.config_class.from_dict(fields, attn_implementation="sdpa")
+            return model_class, model_class.config_class.from_dict(
+                fields | cls.architecture_fixed, attn_implementation="sdpa"
+            )
         except Exception as error:  # transformers' validation has exceptions of its own
             raise CheckpointError(f"config.json of {config.pretrained!r} is not understood: {error}") from error
 
@@ -229,7 +245,7 @@ class TransformersEncoder(Encoder):
         # the one list of modules in a vision transformer is that of its blocks, whatever a release calls it
         (blocks,) = (module for module in model.modules() if isinstance(module, nn.ModuleList))
         last = max(select_layers(config.layers, len(blocks)))
-        return Tower(cls.stem(model), blocks[:last], cls.norm(model, config))
+        return Tower(cls.stem(model), blocks[:last], cls.norm(model, config), cls.rotary(model))
 
     @classmethod
     def _resize(cls, model: Any, architecture: Any, config: TransformersConfig) -> None:

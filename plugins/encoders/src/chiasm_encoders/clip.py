@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import PositiveInt
-from torch import nn
+from torch import Tensor, nn
 from transformers import CLIPVisionModel
 
 from chiasm.image import ImageSpec
@@ -21,6 +21,8 @@ class ClipShape(ViTShape):
     depth: PositiveInt = 24
     heads: PositiveInt = 16
     mlp_width: PositiveInt = 4096
+    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    """OpenAI's models have `quick_gelu`, most of OpenCLIP's have `gelu`."""
 
 
 class ClipConfig(TransformersConfig):
@@ -42,8 +44,15 @@ class ClipEncoder(TransformersEncoder):
         std=(0.26862954, 0.26130258, 0.27577711),
         native="crop",
     )
-    block_arguments = (None,)  # no attention mask
     positions = "position_embedding.weight"
+
+    @classmethod
+    def architecture(cls, shape: ViTShape) -> dict[str, Any]:
+        assert isinstance(shape, ClipShape)
+        return super().architecture(shape) | {"hidden_act": shape.activation}
+
+    def block_inputs(self, pixels_B3HW: Tensor) -> tuple[Any, ...]:
+        return (None,)
 
     @classmethod
     def stem(cls, model: Any) -> nn.Module:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pydantic import PositiveInt
-from torch import nn
+from torch import Tensor, nn
 from transformers import SiglipVisionModel
 
 from chiasm.image import ImageSpec
@@ -38,8 +38,10 @@ class SiglipEncoder(TransformersEncoder):
     Shape = SiglipShape
     models = (SiglipVisionModel,)
     published = ImageSpec(height=512, width=512, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), native="squash")
-    block_arguments = (None,)  # no attention mask
     positions = "position_embedding.weight"
+
+    def block_inputs(self, pixels_B3HW: Tensor) -> tuple[Any, ...]:
+        return (None,)
 
     @classmethod
     def prefix_tokens(cls, architecture: Any) -> int:
