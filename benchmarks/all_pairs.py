@@ -67,7 +67,7 @@ def levels() -> dict[str, dict[str, Any]]:
     return {
         "encoders": encoders | sets,
         "fusion": {name: {"name": name} for name, _ in installed("fusion")},
-        "adapter": {name: {"name": name} for name, _ in installed("adapter")},
+        "adapter": dict(installed("adapter")),
         "image": IMAGES,
         "llm": llms,
     }

@@ -255,6 +255,14 @@ def test_an_image_is_the_same_alone(cls, gradient, rng):
 
 
 @pytest.mark.parametrize("cls", ADAPTERS + OTHERS)
+def test_no_image_gives_no_tokens(cls, rng):
+    adapter = cls.tiny()
+    none = adapter(draw(adapter.sequence, rng, images=0))
+    assert none.tokens.shape == (0, adapter.out.tokens, adapter.out.width)
+    assert none.grid == adapter.out.grid
+
+
+@pytest.mark.parametrize("cls", ADAPTERS + OTHERS)
 def test_other_sequences_than_the_adapter_was_built_for_raise(cls, rng):
     adapter = cls.tiny()
     width = adapter.sequence.width

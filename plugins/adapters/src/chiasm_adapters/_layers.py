@@ -58,12 +58,25 @@ class Attention(nn.Module):
 
     def forward(self, queries_BQD: Tensor, keys_BND: Tensor, values_BND: Tensor) -> Tensor:
         """`[B, Q, D]`, `[B, N, D]` and `[B, N, D]` to `[B, Q, D]`."""
-        q_BHQK = self._split(self.query(queries_BQD))
-        k_BHNK = self._split(self.key(keys_BND))
-        v_BHNK = self._split(self.value(values_BND))
+        q_BHQK = self._heads(self.query(queries_BQD)).transpose(1, 2)
+        k_BHNK = self._heads(self.key(keys_BND)).transpose(1, 2)
+        v_BHNK = self._heads(self.value(values_BND)).transpose(1, 2)
         out_BHQK = F.scaled_dot_product_attention(q_BHQK, k_BHNK, v_BHNK)
         out_BQD: Tensor = self.output(out_BHQK.transpose(1, 2).flatten(2))
         return out_BQD
 
-    def _split(self, x_BND: Tensor) -> Tensor:
-        return torch.unflatten(x_BND, 2, (self.heads, x_BND.shape[2] // self.heads)).transpose(1, 2)
+    def one_each(self, queries_BMD: Tensor, keys_BMND: Tensor, values_BMND: Tensor) -> Tensor:
+        """`[B, M, D]` and twice `[B, M, N, D]` to `[B, M, D]`: query m attends to the m-th few tokens alone.
+
+        Written out, as kernels of attention take at most 65535 sequences, and a batch of images has more regions.
+        """
+        q_BM1HK = self._heads(self.query(queries_BMD)).unsqueeze(2)
+        k_BMNHK, v_BMNHK = self._heads(self.key(keys_BMND)), self._heads(self.value(values_BMND))
+        scores_BMNH = (q_BM1HK * k_BMNHK).sum(-1) * k_BMNHK.shape[-1] ** -0.5
+        out_BMHK = (scores_BMNH.softmax(2).unsqueeze(-1) * v_BMNHK).sum(2)
+        out_BMD: Tensor = self.output(out_BMHK.flatten(2))
+        return out_BMD
+
+    def _heads(self, x_D: Tensor) -> Tensor:
+        """`[..., D]` to `[..., H, K]`."""
+        return torch.unflatten(x_D, -1, (self.heads, x_D.shape[-1] // self.heads))

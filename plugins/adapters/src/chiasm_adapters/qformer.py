@@ -91,5 +91,7 @@ class QFormer(Adapter):
     def forward(self, sequence: TokenSequence) -> TokenSequence:
         check_sequence("qformer", self.sequence, sequence)
         queries_BMW = self.queries.expand(sequence.tokens.shape[0], -1, -1)
-        out = self.model(query_embeds=queries_BMW, encoder_hidden_states=sequence.tokens)
-        return TokenSequence(self.linear(out.last_hidden_state))
+        if len(queries_BMW):  # transformers cannot reshape a batch of no image
+            out = self.model(query_embeds=queries_BMW, encoder_hidden_states=sequence.tokens)
+            queries_BMW = out.last_hidden_state
+        return TokenSequence(self.linear(queries_BMW))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Self
 
-import torch
 from pydantic import PositiveInt
 from torch import nn
 
@@ -100,6 +99,5 @@ class TokenPacker(Adapter):
         query_BMW = self.norm_query(self.query(coarse_BMQ))
         key_BMSW = to_blocks(self.norm_key(self.key(x_BND)), self.grid, self.factor)
         value_BMSW = to_blocks(self.norm_value(self.value(x_BND)), self.grid, self.factor)
-        # every region is a sequence of its own, with one query
-        packed = self.attention(query_BMW.flatten(0, 1)[:, None], key_BMSW.flatten(0, 1), value_BMSW.flatten(0, 1))
-        return TokenSequence(self.layers(torch.unflatten(packed[:, 0], 0, query_BMW.shape[:2])), self.out.grid)
+        packed_BMW = self.attention.one_each(query_BMW, key_BMSW, value_BMSW)
+        return TokenSequence(self.layers(packed_BMW), self.out.grid)
