@@ -301,7 +301,7 @@ def test_spec_reads_no_weights(saved, tmp_path):
     (folder / "model.safetensors").unlink()
     assert TimmEncoder.spec(_config(folder)) == spec
     torch.save({}, folder / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"has no model\.safetensors"):
+    with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor"):
         TimmEncoder.build(_config(folder))
 
 

@@ -76,6 +76,28 @@ def read_config(source: str) -> tuple[str, dict[str, Any]]:
     return tower.get("model_type") or f"{config['model_type']}_vision_model", tower
 
 
+def weight_files(source: str) -> list[Path]:
+    """The safetensors of a checkpoint: one file, or the shards that its index names.
+
+    Raises:
+        CheckpointError: there are none, or a shard is missing.
+    """
+    single = find_file(source, "model.safetensors")
+    if single is not None:
+        return [single]
+    index = read_json(source, "model.safetensors.index.json")
+    if index is None:
+        raise CheckpointError(
+            f"pretrained: {source!r} has neither model.safetensors nor model.safetensors.index.json. Where there is "
+            "pytorch_model.bin alone, convert it in a place where you trust that file"
+        )
+    files = {name: find_file(source, name) for name in sorted(set(index["weight_map"].values()))}
+    absent = {name for name, path in files.items() if path is None}
+    if absent:
+        raise CheckpointError(f"pretrained: {source!r} lacks the shards {some(absent)} that its index names")
+    return [path for path in files.values() if path is not None]
+
+
 def load_model(model_class: Any, architecture: Any, source: str) -> tuple[Any, set[str]]:
     """A transformers model in float32 with the weights of a checkpoint, and the names that the checkpoint lacks.
 

@@ -210,6 +210,21 @@ class TransformersEncoder(Encoder):
         """The part that makes rotary position embeddings from pixels."""
         return None
 
+    @classmethod
+    def read(cls, source: str) -> tuple[str, dict[str, Any]]:
+        """The model type and the configuration of a checkpoint, in transformers' terms."""
+        return read_config(source)
+
+    @classmethod
+    def load(cls, model_class: Any, architecture: Any, source: str) -> tuple[Any, set[str]]:
+        """A model with the weights of a checkpoint in float32, and the names that the checkpoint lacks."""
+        return load_model(model_class, architecture, source)
+
+    @classmethod
+    def model_types(cls) -> dict[str, Any]:
+        """What checkpoints call the architectures that the family takes, and transformers' class of each."""
+        return {model.config_class.model_type: model for model in cls.models}
+
     # how a model is made
 
     @classmethod
@@ -219,8 +234,8 @@ class TransformersEncoder(Encoder):
             fields = cls.architecture(config.shape or cls.Shape.model_validate({}))
             model_type = fields.get("model_type", cls.models[0].config_class.model_type)
         else:
-            model_type, fields = read_config(config.pretrained)
-        model_class = cls._models().get(model_type)
+            model_type, fields = cls.read(config.pretrained)
+        model_class = cls.model_types().get(model_type)
         if model_class is None:
             raise CheckpointError(cls._refusal(str(config.pretrained), model_type))
         try:
@@ -231,13 +246,9 @@ class TransformersEncoder(Encoder):
             raise CheckpointError(f"config.json of {config.pretrained!r} is not understood: {error}") from error
 
     @classmethod
-    def _models(cls) -> dict[str, Any]:
-        return {model.config_class.model_type: model for model in cls.models}
-
-    @classmethod
     def _refusal(cls, source: str, model_type: str) -> str:
-        message = f"pretrained: {source!r} holds {model_type!r}; this encoder takes {', '.join(cls._models())}."
-        takers = [name for name, other in _families().items() if model_type in other._models()]
+        message = f"pretrained: {source!r} holds {model_type!r}; this encoder takes {', '.join(cls.model_types())}."
+        takers = [name for name, other in _families().items() if model_type in other.model_types()]
         return message + (f" The encoder {takers[0]!r} takes it." if takers else " No encoder of chiasm-encoders does.")
 
     @classmethod
@@ -264,7 +275,7 @@ class TransformersEncoder(Encoder):
         model.embeddings = new
 
     def _load(self, model_class: Any, architecture: Any, source: str) -> Tower:
-        model, missing = load_model(model_class, architecture, source)
+        model, missing = self.load(model_class, architecture, source)
         self._resize(model, architecture, self.config)
         names = {parameter: name for name, parameter in model.named_parameters()}
         tower = self._tower(model, self.config)

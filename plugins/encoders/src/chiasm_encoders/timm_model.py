@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from chiasm.encoder import Encoder, EncoderConfig, EncoderSpec, select_layers
 from chiasm.errors import CheckpointError, ConfigError
 from chiasm.features import Features, FeatureSpec
-from chiasm_encoders._checkpoint import find_file, read_json
+from chiasm_encoders._checkpoint import read_json, weight_files
 from chiasm_encoders._processor import check_pixels, timm_image_spec
 
 _FACTORY = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
@@ -206,7 +206,10 @@ def _create(config: TimmConfig, *, weights: bool = False) -> Any:
     overlay: dict[str, Any] | None = None
     if weights:
         assert config.pretrained is not None
-        overlay = {"source": None, "state_dict": None, "file": _weights(config.pretrained), "custom_load": False}
+        files = weight_files(config.pretrained)
+        if len(files) > 1:
+            raise CheckpointError(f"pretrained: {config.pretrained!r} is in {len(files)} shards; timm reads one file")
+        overlay = {"source": None, "state_dict": None, "file": str(files[0]), "custom_load": False}
     try:
         return timm.create_model(
             name, pretrained=weights, pretrained_cfg=facts, pretrained_cfg_overlay=overlay, **options
@@ -216,16 +219,6 @@ def _create(config: TimmConfig, *, weights: bool = False) -> Any:
         edge = f" with images of {config.image_size} pixels" if config.image_size is not None else ""
         message = f"{what} cannot be made{edge}: {_first_line(error)}"
         raise (ConfigError if config.pretrained is None else CheckpointError)(message) from error
-
-
-def _weights(source: str) -> str:
-    path = find_file(source, "model.safetensors")
-    if path is None:
-        raise CheckpointError(
-            f"pretrained: {source!r} has no model.safetensors; wanted timm's format with safetensors. Where there is "
-            "pytorch_model.bin alone, convert it in a place where you trust that file"
-        )
-    return str(path)
 
 
 def _prune(model: Any, layers: tuple[int, ...]) -> None:
