@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from chiasm.errors import ConfigError
 from chiasm.testing import checks_of, run_check
 from chiasm_llms.causal import CausalLM
-from chiasm_llms.settings import CausalConfig
+from chiasm_llms.lora import add_lora
+from chiasm_llms.settings import CausalConfig, Lora
 
 SHAPE = {"width": 32, "depth": 2, "heads": 4, "kv_heads": 2, "mlp_width": 64, "context_length": 128}
 LLAMA_LAYERS = {  # rows out and columns in of the linear layers of a block of SHAPE
@@ -117,6 +118,14 @@ def test_the_base_is_the_one_without_lora() -> None:
         assert torch.equal(again.trainable()[name], value)
         assert value.any() == ("lora_A" in name)
         assert torch.equal(other.trainable()[name], value) == ("lora_B" in name)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_stays(training: bool, zoo: Any) -> None:
+    model = zoo.random_model("llama").train(training)
+    learned = add_lora(model, Lora(dropout=0.5))
+    assert {module.training for module in model.modules()} == {training}
+    assert learned == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def test_dropout_acts_on_the_input_of_a_in_training_alone() -> None:

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from chiasm.build import build_vlm
 from chiasm.config import ComponentRef, RunConfig, load_run
@@ -125,6 +125,14 @@ def test_matrices_of_another_shape_are_refused(tmp_path: Path, trained: Path) ->
         (folder / "run.json").write_text(json.dumps(settings))
         with pytest.raises(CheckpointError, match=r"llm\.safetensors' does not fit the llm of this run"):
             load_run_folder(folder)
+    settings["llm"]["lora"] = LORA
+    (folder / "run.json").write_text(json.dumps(settings))
+    load_run_folder(folder)
+    file = folder / "stages/finetune/llm.safetensors"
+    # one row would fill three
+    save_file({name: value[:1].contiguous() for name, value in load_file(file).items()}, file)
+    with pytest.raises(CheckpointError, match=r"lora_A.*weight is \(1, \d+\), wanted \(3, \d+\)"):
+        load_run_folder(folder)
 
 
 def test_frozen_weights_are_bfloat16_and_the_matrices_float32(llama: str) -> None:
