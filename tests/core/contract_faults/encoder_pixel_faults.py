@@ -113,3 +113,32 @@ class PadsWithBlackAtOneSide(GoodEncoder):
         if resize != "pad":
             return super().preprocess(images, resize)
         return super().preprocess([image.resize((EDGE, EDGE)) for image in images], "pad")
+
+
+@fault("resize_details", "seems to use bilinear .* from what spec states: bicubic")
+class AnotherFilter(GoodEncoder):
+    """Resizes bilinearly, and spec states bicubic."""
+
+    def preprocess(self, images, resize="native"):
+        spec = self.geometry.image
+        return to_pixels(images, spec.model_copy(update={"interpolation": "bilinear"}), resize)
+
+
+@fault("resize_details", r"seems to use crop_fraction=0\.875 .* crop_fraction=1\)")
+class CropsMore(GoodEncoder):
+    """Takes the middle of a larger image, as another model's processor does."""
+
+    def preprocess(self, images, resize="native"):
+        spec = self.geometry.image
+        return to_pixels(images, spec.model_copy(update={"crop_fraction": 0.875}), resize)
+
+
+@fault("resize_policy", "resize='pad' is off by .* `pad` fills the rest with the mean colour")
+class PadsWithBlack(GoodEncoder):
+    """Black borders instead of the mean colour."""
+
+    def preprocess(self, images, resize="native"):
+        pixels_B3HW = super().preprocess(images, resize)
+        black = torch.tensor([-m / s for m, s in zip(self.mean, self.std, strict=True)]).view(1, 3, 1, 1)
+        borders = (pixels_B3HW.abs() < 0.02).all(dim=1, keepdim=True) & (resize == "pad")
+        return torch.where(borders, black, pixels_B3HW)

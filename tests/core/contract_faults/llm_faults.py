@@ -241,3 +241,19 @@ class UnusedAdapter(GoodLM):
     def __init__(self, config) -> None:
         super().__init__(config)
         self.adapter = nn.Linear(E, 4, bias=False)
+
+
+@fault("trainable", r"trainable of tiny\(\) gives 768 parameters, its spec states trainable = \d+")
+class TrainsLessThanItStates(GoodLM):
+    """One matrix alone would learn."""
+
+    def trainable(self):
+        return {"qkv.weight": self.qkv.weight}
+
+
+@fault("trainable", "trainable of .* names embedding, position, qkv, head, which")
+class TrainsUnderAnotherName(GoodLM):
+    """The names are those of modules."""
+
+    def trainable(self):
+        return {name.removesuffix(".weight"): parameter for name, parameter in self.named_parameters()}

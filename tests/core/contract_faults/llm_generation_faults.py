@@ -152,3 +152,12 @@ class StaysInEval(GoodLM):
     def generate(self, embeds_BTE, mask_BT, *, max_new_tokens):
         self.eval()
         return super().generate(embeds_BTE, mask_BT, max_new_tokens=max_new_tokens)
+
+
+@fault("generation_equals_recomputation", "generate changes the embeddings or the mask that it is given in place")
+class ScalesThePrompt(GoodLM):
+    """Writes into the caller's embeddings."""
+
+    def generate(self, embeds_BTE, mask_BT, *, max_new_tokens):
+        embeds_BTE.masked_fill_(~mask_BT.unsqueeze(-1), 0).mul_(1.01)
+        return super().generate(embeds_BTE, mask_BT, max_new_tokens=max_new_tokens)

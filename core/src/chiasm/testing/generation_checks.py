@@ -96,8 +96,11 @@ def _generate(llm: LanguageModel, prompts: list[Tensor], new: int = NEW) -> list
     noise_TE = 3 * torch.randn(longest, llm.geometry.width)
     embeds_BTE = torch.stack([torch.cat([noise_TE, prompt])[-longest:] for prompt in prompts])
     mask_BT = torch.tensor([[i >= longest - len(prompt) for i in range(longest)] for prompt in prompts])
+    before = embeds_BTE.clone(), mask_BT.clone()
     with calling("generate"), torch.no_grad():
         rows = llm.generate(embeds_BTE, mask_BT, max_new_tokens=new)
+    kept = torch.equal(before[0], embeds_BTE) and torch.equal(before[1], mask_BT)
+    require(kept, "generate changes the embeddings or the mask that it is given in place: work on new tensors")
     whole = isinstance(rows, list) and all(isinstance(row, list) and all(type(i) is int for i in row) for row in rows)
     require(whole, f"generate returned {rows!r}, wanted a list of ints for each prompt")
     return rows

@@ -16,7 +16,7 @@ from chiasm.llm import LanguageModel, LanguageModelConfig, LanguageModelSpec, Me
 from chiasm.prompt import IGNORE, PromptBuilder
 from chiasm.sample import Sample, Turn
 from chiasm.testing.check import Check
-from chiasm.testing.common import calling, check_config, check_missing_checkpoint, make_tiny, require
+from chiasm.testing.common import calling, check_config, check_missing_checkpoint, make_tiny, require, some
 from chiasm.testing.errors import ContractError
 from chiasm.testing.generation_checks import GENERATION_CHECKS
 from chiasm.testing.model_checks import model_check
@@ -100,6 +100,11 @@ def parameters(cls: type[LanguageModel]) -> None:
     _check_parameters(make_tiny(cls), "tiny()")
 
 
+def trainable(cls: type[LanguageModel]) -> None:
+    """`trainable` names parameters of the model, as many as `spec` states."""
+    _check_trainable(make_tiny(cls), "tiny()")
+
+
 def options(cls: type[LanguageModel]) -> None:
     """Whatever its options, `spec` refuses them, or states the width, vocabulary and parameters of an instance."""
 
@@ -111,6 +116,7 @@ def options(cls: type[LanguageModel]) -> None:
         made = cls.build(config).eval()
         require(made.geometry == stated, f"{when}spec states {stated}, the instance has {made.geometry}")
         _check_parameters(made, f"{when}an instance")
+        _check_trainable(made, f"{when}an instance")
         logits = made.logits(_hidden(made, _embeds(made, 2)))
         _same(tuple(logits.shape), (2, LENGTH, stated.vocabulary), f"{when}logits", "(B, T, V)")
 
@@ -318,6 +324,16 @@ def _check_parameters(llm: LanguageModel, what: str) -> None:
     require(found == stated, f"{what} holds {found} parameters, its spec states parameters = {stated}")
 
 
+def _check_trainable(llm: LanguageModel, what: str) -> None:
+    own = dict(llm.named_parameters(remove_duplicate=False))
+    with calling("trainable"):
+        given = llm.trainable()
+    foreign = [name for name, parameter in given.items() if own.get(name) is not parameter]
+    require(not foreign, f"trainable of {what} names {some(foreign)}, which {what} has no such parameter for")
+    found, stated = sum(parameter.numel() for parameter in given.values()), llm.geometry.trainable
+    require(found == stated, f"trainable of {what} gives {found} parameters, its spec states trainable = {stated}")
+
+
 def _model(llm: LanguageModel) -> VLM:
     encoder = StandInEncoder.tiny()
     fusion = StandInFusion(FlatConfig(), [encoder.geometry.features], llm.geometry.width)
@@ -345,6 +361,7 @@ CHECKS: tuple[Check, ...] = (
     config,
     spec,
     parameters,
+    trainable,
     options,
     shapes,
     context,

@@ -81,10 +81,40 @@ def resize_policy(cls: type[Encoder]) -> None:
             nearest = min(distances, key=lambda other: distances[other])
             apart = float((wanted[nearest] - wanted[policy]).abs().mean())
             require(
+                nearest != policy or distances[policy] <= UNLIKE,
+                f"preprocess of a {name} image with resize={policy!r} is off by {distances[policy]:.2f} of the range "
+                "from what Chiasm's own does: `pad` fills the rest with the mean colour and keeps the image in the middle, "
+                "`crop` keeps the middle",
+            )
+            require(
                 distances[policy] <= LIKE or apart <= UNLIKE,
                 f"preprocess of a {name} image with resize={policy!r} gives what {nearest!r} should give (it is off by "
                 f"{distances[nearest]:.2f} of the range from that, by {distances[policy]:.2f} from {policy!r}); "
                 f"spec states native={spec.native!r} and crop_fraction={spec.crop_fraction:g}",
+            )
+
+
+def resize_details(cls: type[Encoder]) -> None:
+    """Images are resized by the filter, and cropped to the share of the edge, that `spec` states."""
+    encoder = make_tiny(cls)
+    spec = encoder.geometry.image
+    colours = np.random.default_rng(4).integers(0, 256, (2 * spec.height, 2 * spec.width, 3), dtype=np.uint8)
+    image = Image.fromarray(colours).resize((2 * spec.width + 3, 2 * spec.height + 5), Image.Resampling.BOX)
+    others: dict[str, dict[str, object]] = {
+        name: {"interpolation": name} for name in get_args(ImageSpec.model_fields["interpolation"].annotation)
+    }
+    others |= {f"crop_fraction={share:g}": {"crop_fraction": share} for share in (1.0, 0.9, 0.875)}
+    for policy in POLICIES:
+        found = _pixels(encoder, [image], policy, "")
+        off = float((found - to_pixels([image], spec, policy)).abs().mean())
+        for name, change in others.items():
+            other = ImageSpec.model_validate(spec.model_dump() | change)
+            distance = float((found - to_pixels([image], other, policy)).abs().mean())
+            # another library's filter is nearer to the same filter of Pillow's than to the other one
+            require(
+                off <= 4 * distance + 0.02,
+                f"preprocess with resize={policy!r} seems to use {name} (off by {distance:.2g} from that, by {off:.2g} "
+                f"from what spec states: {spec.interpolation}, crop_fraction={spec.crop_fraction:g})",
             )
 
 
@@ -121,4 +151,4 @@ def _check_pixels(pixels: Tensor, wanted: tuple[int, ...], policy: str) -> None:
     require(bool(pixels.isfinite().all()), f"preprocess with resize={policy!r} returned NaN or infinity")
 
 
-PREPROCESS_CHECKS: tuple[Check, ...] = (preprocess, normalisation, resize_policy)
+PREPROCESS_CHECKS: tuple[Check, ...] = (preprocess, normalisation, resize_policy, resize_details)

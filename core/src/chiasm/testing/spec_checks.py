@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import types
 import typing
 from collections.abc import Callable, Iterator
@@ -107,7 +108,7 @@ def accepted(spec: Callable[[], T], when: str) -> T:
     except ValueError as error:
         raise ChiasmError(str(error)) from error
     except Exception as error:
-        raise ContractError(f"{when}spec raised {describe(error)}; wanted a ConfigError") from None
+        raise ContractError(f"{when}spec raised {describe(error)}; wanted a ConfigError") from error
 
 
 def count_parameters(make: Callable[[], nn.Module]) -> int:
@@ -156,9 +157,12 @@ def _others(annotation: Any, value: Any) -> Iterator[tuple[Any, bool]]:
         yield from ((choice, True) for choice in (True, False) if choice is not value)
     elif annotation is type(None):
         yield None, False
+    elif value is None and isinstance(annotation, type) and issubclass(annotation, Settings):
+        with contextlib.suppress(ValidationError):  # some have a field without a default
+            yield annotation(), False
     elif annotation is int:
         known = isinstance(value, int) and not isinstance(value, bool)
-        yield from ((other, False) for other in ((2 * value, value // 2) if known else (4,)))
+        yield from ((other, False) for other in ((2 * value, value // 2) if known else (4,)) if other)
     elif origin is tuple and isinstance(value, tuple) and len(value) == 2 and all(type(i) is int for i in value):
         yield (value[0], 2 * value[1]), False
         yield (2 * value[0], value[1]), False
