@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from transformers.utils import cached_file, logging
 
@@ -37,6 +38,11 @@ def find_file(source: str, filename: str) -> Path | None:
             return None
         raise CheckpointError(_unreachable(source, error)) from error
     return None if found is None else Path(found)
+
+
+def is_here(source: str) -> bool:
+    """Whether a checkpoint's config.json can be read without network: from a folder, or from the hub's cache."""
+    return Path(source).is_dir() or isinstance(try_to_load_from_cache(source, "config.json"), str)
 
 
 def read_json(source: str, filename: str) -> dict[str, Any] | None:

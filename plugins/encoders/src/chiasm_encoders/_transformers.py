@@ -19,13 +19,15 @@ from chiasm.features import Features, FeatureSpec
 from chiasm.image import ImageSpec
 from chiasm.settings import Settings
 from chiasm_encoders import plugin
-from chiasm_encoders._checkpoint import load_model, read_config, some
+from chiasm_encoders._checkpoint import is_here, load_model, read_config, some
 from chiasm_encoders._processor import check_pixels, image_spec
 
 
 class ViTShape(Settings):
     """The geometry of a vision transformer with random weights; a family gives the defaults."""
 
+    cuts_patches: ClassVar[bool] = False
+    """Whether the border that is no whole patch may be left out."""
     image_size: PositiveInt
     """Edge of the square image in pixels."""
     patch_size: PositiveInt
@@ -39,7 +41,7 @@ class ViTShape(Settings):
 
     @model_validator(mode="after")
     def _divides(self) -> Self:
-        if self.image_size % self.patch_size:
+        if self.image_size % self.patch_size and not self.cuts_patches:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
@@ -109,6 +111,9 @@ class TransformersEncoder(Encoder):
     """The transformers classes that the family takes; the first is the one of random weights."""
     published: ClassVar[ImageSpec]
     """What the family's published processor does, for checkpoints without a processor file."""
+    stated: ClassVar[str | None] = None
+    """A hub id whose geometry `Shape` states and whose preprocessing `published` does, so that it is known before the
+    checkpoint is here."""
     architecture_fixed: ClassVar[dict[str, Any]] = {}
     """Fields of transformers' configuration that are so whatever a checkpoint states."""
     positions: ClassVar[str | None] = "position_embeddings"
@@ -117,6 +122,8 @@ class TransformersEncoder(Encoder):
     config: TransformersConfig
 
     def __init__(self, config: TransformersConfig) -> None:
+        if config.pretrained is not None:
+            self.read(config.pretrained)  # from the hub, where it is not here yet: from now on it is what counts
         super().__init__(config)
         model_class, architecture = self._architecture(config)
         self.layers = select_layers(config.layers, architecture.num_hidden_layers)
@@ -143,7 +150,7 @@ class TransformersEncoder(Encoder):
         with torch.device("meta"):
             tower = cls._tower(model_class(architecture), config)
         return EncoderSpec(
-            image=image_spec(config.pretrained, size, cls.published),
+            image=image_spec(None if cls._unseen(config) else config.pretrained, size, cls.published),
             features=features,
             depth=depth,
             parameters=sum(p.numel() for p in tower.parameters()),
@@ -157,7 +164,7 @@ class TransformersEncoder(Encoder):
 
     @classmethod
     def tiny(cls) -> Self:
-        return cls.build(cls.Config.model_validate({"shape": _TINY}))
+        return cls.build(cls.Config.model_validate({"pretrained": None, "shape": _TINY}))
 
     def forward(self, pixels_B3HW: Tensor) -> Features:
         spec = self.geometry
@@ -230,7 +237,7 @@ class TransformersEncoder(Encoder):
     @classmethod
     def _architecture(cls, config: TransformersConfig) -> tuple[Any, Any]:
         """The transformers class and its configuration."""
-        if config.pretrained is None:
+        if config.pretrained is None or cls._unseen(config):
             fields = cls.architecture(config.shape or cls.Shape.model_validate({}))
             model_type = fields.get("model_type", cls.models[0].config_class.model_type)
         else:
@@ -244,6 +251,10 @@ class TransformersEncoder(Encoder):
             )
         except Exception as error:  # transformers' validation has exceptions of its own
             raise CheckpointError(f"config.json of {config.pretrained!r} is not understood: {error}") from error
+
+    @classmethod
+    def _unseen(cls, config: TransformersConfig) -> bool:
+        return config.pretrained is not None and config.pretrained == cls.stated and not is_here(config.pretrained)
 
     @classmethod
     def _refusal(cls, source: str, model_type: str) -> str:

@@ -23,6 +23,8 @@ class Dinov2Shape(ViTShape):
     mlp_width: PositiveInt = 4096
     registers: NonNegativeInt = 0
     """Learned tokens beside CLS; the published models with registers have 4."""
+    swiglu: bool = False
+    """The MLP has a gate and, to have as many weights, two thirds of `mlp_width`, as in the published ViT-g."""
 
     @model_validator(mode="after")
     def _ratio(self) -> Self:
@@ -59,6 +61,8 @@ class Dinov2Encoder(TransformersEncoder):
     def architecture(cls, shape: ViTShape) -> dict[str, Any]:
         assert isinstance(shape, Dinov2Shape)
         fields = super().architecture(shape) | {"mlp_ratio": shape.mlp_width // shape.width}
+        if shape.swiglu:
+            fields["use_swiglu_ffn"] = True
         if shape.registers:
             fields |= {"model_type": "dinov2_with_registers", "num_register_tokens": shape.registers}
         return fields

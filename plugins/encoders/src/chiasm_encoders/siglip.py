@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import PositiveInt
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from chiasm_encoders._transformers import TransformersConfig, TransformersEncode
 class SiglipShape(ViTShape):
     """A SigLIP vision transformer with random weights; the default is ViT-B/16-512."""
 
+    cuts_patches: ClassVar[bool] = True  # as so400m/14-384 does
     image_size: PositiveInt = 512
     patch_size: PositiveInt = 16
     width: PositiveInt = 768
