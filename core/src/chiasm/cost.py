@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from chiasm.adapter import Adapter
@@ -151,7 +152,8 @@ def connector_cost(run: RunConfig, features: Sequence[FeatureSpec], llm_width: i
             visual: Tensor = adapter(fusion(given)).tokens
             return visual
 
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
+        # with gradients, as the counter fails on views of parameters without; by matrices, as it knows no CPU attention
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             forward(1)
         with torch.autocast("cpu", torch.bfloat16):
             # the difference leaves out the copies of the weights, which do not grow with the views
