@@ -11,7 +11,18 @@ import pytest
 from chiasm.registry import Registry
 
 NAMES = {
-    "fusion": ["concat_channels", "project_sum", "single"],
+    "fusion": [
+        "additive",
+        "concat_channels",
+        "concat_tokens",
+        "cross_attention",
+        "interleave",
+        "layer_scale",
+        "project_attention",
+        "project_sum",
+        "single",
+        "sva",
+    ],
     "adapter": [
         "avg_pool",
         "c_abstractor",

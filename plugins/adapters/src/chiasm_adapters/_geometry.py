@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -27,6 +28,25 @@ def check_equal_grids(fusion: str, features: Sequence[FeatureSpec], remedy: str)
     if not equal_grids(features):
         grids = " and ".join(str(spec.grid) for spec in features)
         raise CombinationError(f"{fusion} wants equal grids, the encoders give {grids}; {remedy}")
+
+
+def common_grid(
+    fusion: str,
+    features: Sequence[FeatureSpec],
+    align: Literal["error", "interpolate"],
+    to: Literal["largest", "first"],
+) -> Grid:
+    """The grid that all features are brought to.
+
+    Raises:
+        CombinationError: there is no encoder, or grids differ under `align: error`.
+    """
+    check_some(fusion, features)
+    if align == "error":
+        check_equal_grids(
+            fusion, features, "set `align: interpolate`, or choose image sizes and encoders whose grids are equal"
+        )
+    return largest_grid(features) if to == "largest" else features[0].grid
 
 
 def check_features(fusion: str, wanted: Sequence[FeatureSpec], features: Sequence[Features]) -> None:

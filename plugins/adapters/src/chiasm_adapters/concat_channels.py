@@ -10,18 +10,10 @@ from typing import Literal, Self
 
 import torch
 
-from chiasm.features import Features, FeatureSpec, Grid, SequenceSpec, TokenSequence
+from chiasm.features import Features, FeatureSpec, SequenceSpec, TokenSequence
 from chiasm.fusion import Fusion
 from chiasm.settings import Settings
-from chiasm_adapters._geometry import (
-    check_equal_grids,
-    check_features,
-    check_some,
-    largest_grid,
-    layers_to_channels,
-    resample,
-    tiny_weights,
-)
+from chiasm_adapters._geometry import check_features, common_grid, layers_to_channels, resample, tiny_weights
 
 
 class ConcatChannelsConfig(Settings):
@@ -49,14 +41,7 @@ class ConcatChannels(Fusion):
     @classmethod
     def spec(cls, config: Settings, features: Sequence[FeatureSpec], llm_width: int) -> SequenceSpec:
         assert isinstance(config, ConcatChannelsConfig)
-        check_some("concat_channels", features)
-        if config.align == "error":
-            check_equal_grids(
-                "concat_channels",
-                features,
-                "set `align: interpolate`, or choose image sizes and encoders whose grids are equal",
-            )
-        grid: Grid = largest_grid(features) if config.to == "largest" else features[0].grid
+        grid = common_grid("concat_channels", features, config.align, config.to)
         return SequenceSpec(grid[0] * grid[1], sum(spec.layers * spec.width for spec in features), grid)
 
     @classmethod

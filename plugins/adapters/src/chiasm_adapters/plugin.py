@@ -23,6 +23,48 @@ def chiasm_components() -> Iterator[Component]:
         "chiasm_adapters.project_sum:ProjectSum",
         "each layer projected, then summed (OmniFusion)",
     )
+    yield Component(
+        "fusion",
+        "concat_tokens",
+        "chiasm_adapters.concat_tokens:ConcatTokens",
+        "each encoder projected, one after the other (OmniFusion, MouSi)",
+    )
+    yield Component(
+        "fusion",
+        "project_attention",
+        "chiasm_adapters.project_attention:ProjectAttention",
+        "each layer projected, then attention with a trained matrix (OmniFusion)",
+    )
+    yield Component(
+        "fusion",
+        "layer_scale",
+        "chiasm_adapters.layer_scale:LayerScale",
+        "each encoder's layers weighed and summed, then channels (COMM)",
+    )
+    yield Component(
+        "fusion",
+        "additive",
+        "chiasm_adapters.additive:Additive",
+        "a convex combination of projected encoders (A-MoF)",
+    )
+    yield Component(
+        "fusion",
+        "interleave",
+        "chiasm_adapters.interleave:Interleave",
+        "tokens of all encoders place by place (I-MoF)",
+    )
+    yield Component(
+        "fusion",
+        "cross_attention",
+        "chiasm_adapters.cross_attention:CrossAttention",
+        "low resolution gathers from high resolution (Mini-Gemini)",
+    )
+    yield Component(
+        "fusion",
+        "sva",
+        "chiasm_adapters.sva:Sva",
+        "a grid of queries, each with its own cell of every encoder (Cambrian-1)",
+    )
     yield Component("adapter", "linear", "chiasm_adapters.linear:Linear", "one matrix")
     yield Component("adapter", "mlp", "chiasm_adapters.mlp:Mlp", "linear layers with GELU between (LLaVA-1.5)")
     yield Component(

@@ -23,10 +23,10 @@ from chiasm_adapters._geometry import (
     check_some,
     equal_grids,
     largest_grid,
-    layers_to_channels,
     resample,
     tiny_weights,
 )
+from chiasm_adapters._projection import LayerProjections
 
 
 class ProjectSumConfig(Settings):
@@ -53,11 +53,10 @@ class ProjectSum(Fusion):
     the shared output layer. With one encoder that pair is the control that the paper lacks: it separates what all
     layers give from what a second encoder gives.
 
-    Every LN has an affine map of its own (eps 1e-5). The W_kl of one encoder are one parameter `[E, L * D]` and act
-    in one matrix product. At the start each W_kl and b_kl has the distribution of its own `nn.Linear(D_k, E)`, bound
-    1 / sqrt(D_k) whatever L_k is, and each a_kl, which the paper does not state, is 1 / L_k: u_k is the mean of its
-    projected layers, and as their W_kl are independent its deviation is 1 / sqrt(L_k) of one layer's. The dtype out is
-    that of the parameters, which features must share.
+    Each u_k is one matrix product, with an affine map of its own in every LN (`_projection.py`). Each a_kl, whose
+    start the paper does not state, starts as 1 / L_k: u_k is the mean of its projected layers, and as their W_kl are
+    independent its deviation is 1 / sqrt(L_k) of one layer's. The dtype out is that of the parameters, which features
+    must share, or that of autocast.
 
     With `align: pad` and grids that differ the sequence has no grid. It is u_k that is padded: what is beyond the end
     of the shorter one adds neither a bias nor the shift of a normalisation.
@@ -108,35 +107,3 @@ class ProjectSum(Fusion):
         if self.out.grid is not None:
             return resample(part_BNE, item.grid, self.out.grid)
         return F.pad(part_BNE, (0, 0, 0, self.out.tokens - part_BNE.shape[1]))
-
-
-class LayerProjections(nn.Module):
-    """`sum_l a_l (W_l LN(h_l) + b_l)` for the layers of one encoder, `[B, L, N, D]` to `[B, N, E]`.
-
-    Args:
-        feature: the geometry of the encoder's features.
-        width: E.
-        layer_scalars: a_l are parameters; else they are the constant 1 / L.
-        bias: b_l exist.
-    """
-
-    def __init__(self, feature: FeatureSpec, width: int, *, layer_scalars: bool, bias: bool) -> None:
-        super().__init__()
-        layers, bound = feature.layers, feature.width**-0.5  # that of nn.Linear(D, E), not nn.Linear(L * D, E)
-        self.norm_weight = nn.Parameter(torch.ones(layers, feature.width))
-        self.norm_bias = nn.Parameter(torch.zeros(layers, feature.width))
-        self.weight = nn.Parameter(torch.empty(width, layers * feature.width).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(layers, width).uniform_(-bound, bound)) if bias else None
-        self.scalars = nn.Parameter(torch.full((layers,), 1 / layers)) if layer_scalars else None
-
-    def forward(self, tokens_BLND: Tensor) -> Tensor:
-        layers, width = self.norm_weight.shape
-        scalars_L = self.weight.new_full((layers,), 1 / layers) if self.scalars is None else self.scalars
-        # The scalars and the affine maps go into the weight. Features of a frozen encoder then reach the product
-        # through no trained operation, and only one copy of them, the normalised one, is kept for backward.
-        normal_BNC = layers_to_channels(F.layer_norm(tokens_BLND, (width,), eps=1e-5))
-        weight_ELD = torch.unflatten(self.weight, 1, (layers, width)) * (scalars_L.unsqueeze(1) * self.norm_weight)
-        shift_E = self.weight @ (scalars_L.unsqueeze(1) * self.norm_bias).flatten()
-        if self.bias is not None:
-            shift_E = shift_E + scalars_L @ self.bias
-        return F.linear(normal_BNC, weight_ELD.flatten(1), shift_E)

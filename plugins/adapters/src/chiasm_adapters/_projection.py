@@ -1,0 +1,117 @@
+"""The layers of one encoder, each normalised and projected, as one matrix product.
+
+Shape letters: B images, L layers, N tokens, C channels in (L * D), D width of a layer, E width out; l counts layers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from chiasm.features import FeatureSpec
+from chiasm_adapters._geometry import layers_to_channels
+
+
+class LayerProjections(nn.Module):
+    """`sum_l a_l (W_l LN(h_l) + b_l)` for the layers of one encoder, `[B, L, N, D]` to `[B, N, E]`.
+
+    Every LN has an affine map of its own (eps 1e-5). The W_l are one parameter `[E, L * D]` and act in one matrix
+    product: scalars and affine maps go into the weight, `a W (g x + c) = (a W g) x + W (a c)`, so that features of a
+    frozen encoder reach the product through no trained operation, and only one copy of them, the normalised one, is
+    kept for backward. At the start each W_l and b_l has the distribution of its own `nn.Linear(D, E)`, bound
+    1 / sqrt(D) whatever L is, and each a_l is 1 / L.
+
+    Args:
+        feature: the geometry of the encoder's features.
+        width: E.
+        layer_scalars: a_l are parameters; else they are the constant 1 / L.
+        bias: b_l exist.
+    """
+
+    def __init__(self, feature: FeatureSpec, width: int, *, layer_scalars: bool, bias: bool) -> None:
+        super().__init__()
+        layers, bound = feature.layers, feature.width**-0.5  # that of nn.Linear(D, E), not nn.Linear(L * D, E)
+        self.norm_weight = nn.Parameter(torch.ones(layers, feature.width))
+        self.norm_bias = nn.Parameter(torch.zeros(layers, feature.width))
+        self.weight = nn.Parameter(torch.empty(width, layers * feature.width).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(layers, width).uniform_(-bound, bound)) if bias else None
+        self.scalars = nn.Parameter(torch.full((layers,), 1 / layers)) if layer_scalars else None
+
+    def forward(self, tokens_BLND: Tensor) -> Tensor:
+        layers, width = self.norm_weight.shape
+        scalars_L = self.weight.new_full((layers,), 1 / layers) if self.scalars is None else self.scalars
+        scale_C = (scalars_L.unsqueeze(1) * self.norm_weight).flatten()
+        shift_C = (scalars_L.unsqueeze(1) * self.norm_bias).flatten()
+        device = tokens_BLND.device.type
+        dtype = _autocast_dtype(device)
+        # autocast would normalise in float32, and move twice the bytes, for a product that rounds to its dtype anyway;
+        # the statistics are float32 in any case
+        with torch.autocast(device, enabled=False):
+            normal_BNC = layers_to_channels(F.layer_norm(tokens_BLND, (width,), eps=1e-5))
+            offset_E = None if self.bias is None else scalars_L @ self.bias
+            out_BNE: Tensor = _FoldedProduct.apply(  # type: ignore[no-untyped-call]
+                normal_BNC if dtype is None else normal_BNC.to(dtype), self.weight, scale_C, shift_C, offset_E, dtype
+            )
+        return out_BNE
+
+
+def _autocast_dtype(device: str) -> torch.dtype | None:
+    """The dtype of matrix products under autocast, None where it is off."""
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+class _FoldedProduct(torch.autograd.Function):
+    """`x (W g)^T + W c + b`: x `[B, N, C]`, W `[E, C]`, g and c `[C]`, b `[E]` or None to `[B, N, E]`.
+
+    As separate operations, the backward pass would move the gradient of the weight, which at 24 layers is as large as
+    the features, again and again; here it is multiplied twice, in one buffer.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_BNC: Tensor,
+        weight_EC: Tensor,
+        scale_C: Tensor,
+        shift_C: Tensor,
+        offset_E: Tensor | None,
+        dtype: torch.dtype | None,
+    ) -> Tensor:
+        ctx.save_for_backward(x_BNC, weight_EC, scale_C, shift_C)
+        folded_EC = _fold(weight_EC, scale_C, dtype)
+        constant_E = weight_EC @ shift_C
+        if offset_E is not None:
+            constant_E = constant_E + offset_E
+        return F.linear(x_BNC, folded_EC, constant_E.to(folded_EC.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BNE: Tensor) -> tuple[Tensor | None, ...]:
+        x_BNC, weight_EC, scale_C, shift_C = ctx.saved_tensors
+        grad_x = grad_weight = grad_scale = grad_shift = None
+        with torch.autocast(grad_BNE.device.type, enabled=False):
+            if ctx.needs_input_grad[0]:
+                grad_x = grad_BNE @ _fold(weight_EC, scale_C, x_BNC.dtype)
+            sum_E = grad_BNE.sum((0, 1), dtype=weight_EC.dtype)
+            if ctx.needs_input_grad[3]:
+                grad_shift = sum_E @ weight_EC
+            if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+                grad_folded_EC = grad_BNE.flatten(0, 1).T @ x_BNC.flatten(0, 1)
+                product_EC = grad_folded_EC * weight_EC
+                if ctx.needs_input_grad[2]:
+                    grad_scale = product_EC.sum(0)
+                if ctx.needs_input_grad[1]:  # in the place of the product, which is as large
+                    grad_weight = torch.mul(grad_folded_EC, scale_C, out=product_EC).addcmul_(sum_E[:, None], shift_C)
+        return grad_x, grad_weight, grad_scale, grad_shift, sum_E if ctx.needs_input_grad[4] else None, None
+
+
+def _fold(weight_EC: Tensor, scale_C: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """`W g`, rounded to a dtype on the way out: one pass over the weight, not two."""
+    out_EC = torch.empty_like(weight_EC, dtype=dtype)
+    return torch.mul(weight_EC, scale_C, out=out_EC)
