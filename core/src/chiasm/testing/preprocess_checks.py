@@ -83,8 +83,8 @@ def resize_policy(cls: type[Encoder]) -> None:
             require(
                 nearest != policy or distances[policy] <= UNLIKE,
                 f"preprocess of a {name} image with resize={policy!r} is off by {distances[policy]:.2f} of the range "
-                "from what Chiasm's own does: `pad` fills the rest with the mean colour and keeps the image in the middle, "
-                "`crop` keeps the middle",
+                "from what Chiasm's own does: `pad` fills the rest with the mean colour and keeps the image in the "
+                "middle, `crop` keeps the middle",
             )
             require(
                 distances[policy] <= LIKE or apart <= UNLIKE,
