@@ -39,7 +39,17 @@ RUN: dict[str, Any] = {
 
 
 def start(run: Path, out: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "chiasm.cli", "train", str(run), "--out", str(out), "--checkpoint-seconds", "0"]
+    command = [
+        sys.executable,
+        "-m",
+        "chiasm.cli",
+        "train",
+        str(run),
+        "--out",
+        str(out),
+        "--set",
+        "checkpoint_seconds=0",
+    ]
     return subprocess.Popen([*command, "--json"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 

@@ -61,7 +61,7 @@ def test_spec_and_what_it_refuses():
     for given in ([LOW], [LOW, DOUBLE, ODD]):
         with pytest.raises(CombinationError, match=f"takes two encoders, .*, given {len(given)}; choose `single`"):
             CrossAttention.spec(config, given, 9)
-    message = r"finer grid than the first's, given \(4, 6\) and then \(2, 3\).* change their order"
+    message = r"finer grid than the first's, given \(4, 6\) and then \(2, 3\).* choose the other order"
     with pytest.raises(CombinationError, match=message):
         CrossAttention.spec(config, [DOUBLE, LOW], 9)
     with pytest.raises(CombinationError, match=r"given \(2, 3\) and then \(2, 3\)"):

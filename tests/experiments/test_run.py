@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 from chiasm.config import load_run
 from chiasm.errors import CheckpointError, ConfigError
 from chiasm_experiments.evaluation import COLUMNS
+from chiasm_experiments.study.config import Resources
+from chiasm_experiments.training.execution import Execution, parse_execution
 from chiasm_experiments.training.local import ask_here, evaluate_here, run_here
 from chiasm_experiments.training.run import Job, load_run_folder
 
@@ -269,3 +271,14 @@ def test_a_failing_trial_is_recorded_and_the_others_go_on(tmp_path):
     assert "lower lr" in found["mad"]["error"]
     report = (tmp_path / "runs" / "fails" / "report.md").read_text()
     assert "1 failed" in report
+
+
+def test_how_a_run_is_executed_is_read_from_words_and_from_a_study():
+    given = parse_execution(["cache=on", "loader_workers=3", "cache_folder=null"])
+    assert given == Execution(cache="on", loader_workers=3)
+    resources = Resources(workers=2, cache="on", loader_workers=3)
+    assert resources.execution == given
+    with pytest.raises(ConfigError, match=r"compile: Input should be 'auto', 'on' or 'off'; cach: .*names are loader_"):
+        parse_execution(["compile=maybe", "cach=on"])
+    with pytest.raises(ConfigError, match="wanted NAME=VALUE, given 'cache'"):
+        parse_execution(["cache"])

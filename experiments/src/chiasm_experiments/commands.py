@@ -55,21 +55,24 @@ def plan(file: Path, text: int, answer: int, gpu_memory: float | None, as_json: 
 @click.command()
 @click.argument("run_file", metavar="RUN", type=EXISTING)
 @click.option("--out", type=NEW, required=True, help="Folder of the results; a run found there is taken up.")
-@click.option("--loader-workers", default=0, show_default=True, help="Processes that make samples ready ahead.")
-@click.option("--checkpoint-seconds", default=600.0, show_default=True, help="Between checkpoints within a stage.")
+@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="How it is executed, say cache=on.")
 @as_json
-def train(run_file: Path, out: Path, loader_workers: int, checkpoint_seconds: float, as_json: bool) -> None:
+def train(run_file: Path, out: Path, settings: tuple[str, ...], as_json: bool) -> None:
     """Train and evaluate one RUN file in this process.
 
-    Stopped anywhere, it goes on from its last checkpoint when it is called again. Writes the configuration (run.json), weights in safetensors for each stage, metrics.jsonl, a row for each
-    question (questions.parquet) and the manifest with scores and cost.
+    Stopped anywhere, it goes on from its last checkpoint when it is called again. Writes the configuration (run.json),
+    weights in safetensors for each stage, metrics.jsonl, a row for each question (questions.parquet) and the manifest
+    with scores and cost. What --set takes are the fields of a study's `resources` that concern one run, among them
+    loader_workers, checkpoint_seconds, strategy, cache, pack, compile and activation_checkpointing.
     """
     from chiasm.config import load_run
     from chiasm.errors import ConfigError
     from chiasm.plan import plan_run
+    from chiasm_experiments.training.execution import parse_execution
     from chiasm_experiments.training.local import run_here
     from chiasm_experiments.training.run import Job, check_data
 
+    execution = parse_execution(settings)
     run = load_run(run_file)
     problems = plan_run(run).problems
     if problems:
@@ -79,7 +82,7 @@ def train(run_file: Path, out: Path, loader_workers: int, checkpoint_seconds: fl
     folder.mkdir(parents=True, exist_ok=True)
     labels: dict[str, Any] = {"trial": folder.name, "study": None, "cell": {}}
     values = run.model_dump(mode="json")
-    job = Job(values, str(folder), labels, loader_workers, checkpoint_seconds=checkpoint_seconds)
+    job = Job(values, str(folder), labels, execution)
     manifest = run_here(job, quiet=as_json)
     _print_scores(manifest, folder, as_json)
 

@@ -10,10 +10,11 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from chiasm.config import read_document
 from chiasm.settings import Settings
 from chiasm.yamlfile import Document, Location, Problem, load_yaml, problems_of
+from chiasm_experiments.training.execution import Execution
 
 
-class Resources(Settings):
-    """What one trial takes, and how many run at once."""
+class Resources(Execution):
+    """What one trial takes, how many run at once, and how each is executed."""
 
     workers: int = Field(default=1, ge=1)
     """Processes of one trial."""
@@ -22,12 +23,13 @@ class Resources(Settings):
     """auto: one where the cluster has GPUs, else none."""
     concurrent: int | Literal["auto"] = "auto"
     """Trials at once; auto: as many as the cluster holds."""
-    loader_workers: int | Literal["auto"] = "auto"
-    """Processes that make samples ready ahead of the model; auto: none on the CPU, up to 8 beside a GPU."""
-    checkpoint_seconds: float = Field(default=600, ge=0)
-    """Between checkpoints within a stage."""
     retries: int = Field(default=2, ge=0)
     """How often a trial starts again after its worker died. An error of the trial itself is never retried."""
+
+    @property
+    def execution(self) -> Execution:
+        """What concerns each trial alone."""
+        return Execution.model_validate({name: getattr(self, name) for name in Execution.model_fields})
 
 
 class StudyConfig(Settings):

@@ -213,10 +213,8 @@ class _Driver:
         labels = {"trial": trial.name, "study": self.record.study_name, "cell": trial.cell.levels}
         folder = self.folder / TRIALS / trial.name
         folder.mkdir(parents=True, exist_ok=True)
-        seconds = self.pool.resources.checkpoint_seconds
         values = trial.run.model_dump(mode="json")
-        job = Job(values, str(folder), labels, self.pool.loader_workers, checkpoint_seconds=seconds)
-        self.pool.submit(job)
+        self.pool.submit(Job(values, str(folder), labels, self.pool.execution))
 
     def _retry(self, name: str, error: str) -> bool:
         if self.attempts[name] > self.retries:

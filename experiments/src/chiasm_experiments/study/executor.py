@@ -15,6 +15,7 @@ from typing import Any
 import ray
 
 from chiasm_experiments.study.config import Resources
+from chiasm_experiments.training.execution import Execution
 from chiasm_experiments.training.run import Job
 
 
@@ -155,11 +156,13 @@ class Pool:
         return self.size - len(self.running)
 
     @property
-    def loader_workers(self) -> int:
-        """Loader processes of each trial."""
-        if self.resources.loader_workers != "auto":
-            return self.resources.loader_workers
-        return max(1, min(8, int(self.resources.cpus_per_worker) - 1)) if self.gpus else 0
+    def execution(self) -> Execution:
+        """How each trial is executed, with loader processes as its share of the machine allows."""
+        execution = self.resources.execution
+        if execution.loader_workers != "auto":
+            return execution
+        loaders = max(1, min(8, int(self.resources.cpus_per_worker) - 1)) if self.gpus else 0
+        return execution.model_copy(update={"loader_workers": loaders})
 
     def submit(self, job: Job) -> None:
         """Starts a trial on an idle actor, or on a new one."""

@@ -24,6 +24,7 @@ from chiasm_experiments.evaluation import evaluate, load_benchmarks, scores, wri
 from chiasm_experiments.training import environment
 from chiasm_experiments.training.cache import WarmParts
 from chiasm_experiments.training.checkpoint import Checkpoints
+from chiasm_experiments.training.execution import Execution
 from chiasm_experiments.training.files import (
     MANIFEST,
     METRICS,
@@ -52,18 +53,16 @@ class Job:
         run: a `RunConfig` as plain values, paths absolute.
         folder: absolute; where the run's files go.
         labels: what identifies the run in its study: `trial`, `cell`, `study`.
-        loader_workers: processes that decode and preprocess images ahead of the model; 0: none.
-        memo_bytes: memory for features of frozen encoders; used where `loader_workers` is 0.
-        checkpoint_seconds: between checkpoints within a stage.
+        execution: where its time and memory go.
+        memo_bytes: memory for features of frozen encoders; used where no loader process runs.
         command: what the user ran, which on a worker is another.
     """
 
     run: dict[str, Any]
     folder: str
     labels: dict[str, Any]
-    loader_workers: int = 0
+    execution: Execution = field(default_factory=Execution)
     memo_bytes: int = 2**30
-    checkpoint_seconds: float = 600.0
     command: list[str] = field(default_factory=environment.command)
 
 
@@ -101,7 +100,8 @@ def execute(job: Job, progress: Progress, warm: WarmParts | None = None) -> dict
     warm.retain(run)
     vlm = build_vlm(run, partial(warm.load, run))
     place(vlm, run, workers.device)
-    feed = make_feed(vlm, run, warm if job.loader_workers == 0 and "encoders" not in run.trained else None)
+    loaders = job.execution.loaders(workers.device)
+    feed = make_feed(vlm, run, warm if loaders == 0 and "encoders" not in run.trained else None)
     mixtures = [load_mixture(stage.data) for stage in run.stages]
     for stage, mixture in zip(run.stages, mixtures, strict=True):
         check_stage(stage, feed, mixture)
@@ -225,11 +225,10 @@ def _train(
                 progress(name, step, steps, metrics["loss"])
                 registry().plugins.hook.chiasm_metrics(folder=folder, stage=name, step=step, metrics=metrics)
 
-            checkpoints = Checkpoints(place_, workers, job.checkpoint_seconds)
+            checkpoints = Checkpoints(place_, workers, job.execution.checkpoint_seconds)
             files.callback(checkpoints.close)
-            result = train_stage(
-                vlm, run, index, mixtures[index], feed, workers, on_step, job.loader_workers, checkpoints
-            )
+            loaders = job.execution.loaders(workers.device)
+            result = train_stage(vlm, run, index, mixtures[index], feed, workers, on_step, loaders, checkpoints)
             results.append({"name": stage.name, "train": list(stage.train), **asdict(result)})
             if workers.first:
                 write_json(place_ / "result.json", results[-1])
