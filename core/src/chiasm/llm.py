@@ -8,10 +8,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self, TypedDict
+from typing import Any, ClassVar, Literal, Self, TypedDict
 
 from torch import Tensor, nn
 
+from chiasm.documents import Documents
 from chiasm.settings import Settings, Source
 
 FIXED_LLM = (
@@ -146,6 +147,13 @@ class LanguageModel(nn.Module, ABC):
         """The parameters, by name, that learn where a stage trains the model: all, unless a subclass trains less."""
         return dict(self.named_parameters())
 
+    # how it is executed
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The blocks in order, each called as a module: sharded over workers one by one. Empty: cannot be sharded."""
+        return ()
+
     # text
 
     @abstractmethod
@@ -187,9 +195,24 @@ class LanguageModel(nn.Module, ABC):
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids `[...]` int64 to embeddings `[..., E]`."""
 
+    @property
+    def packs(self) -> bool:
+        """Whether `forward_packed` works."""
+        return False
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compiles the blocks, or the whole where they are unknown, in place, by `torch.compile` with these arguments.
+
+        One by one, since the code of all blocks is one.
+        """
+        for block in self.blocks:
+            block.compile(*args, **kwargs)
+        if not self.blocks:
+            super().compile(*args, **kwargs)
+
     @abstractmethod
     def forward(self, embeds_BTE: Tensor, mask_BT: Tensor | None = None, positions_BT: Tensor | None = None) -> Tensor:
-        """Embeddings to hidden states `[B, T, E]`, ready for `logits`.
+        """Embeddings to hidden states `[B, T, E]`, ready for `logits`. Causal: no position sees a later one.
 
         Args:
             embeds_BTE: embeddings of text, visual and learned tokens.
@@ -197,6 +220,13 @@ class LanguageModel(nn.Module, ABC):
             positions_BT: int64 positions; None counts the real positions of each row from 0, so that padding on
                 either side gives the same states.
         """
+
+    def forward_packed(self, embeds_1TE: Tensor, documents: Documents) -> Tensor:
+        """What `forward` gives for each document of a row alone: `[1, T, E]` to `[1, T, E]`.
+
+        Called where `packs` says so: no position may see another document's, and positions count from 0 in each.
+        """
+        raise NotImplementedError(f"{type(self).__name__} takes no packed row")
 
     @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from chiasm.adapter import Adapter
 from chiasm.batch import Batch
@@ -23,8 +24,12 @@ from chiasm.errors import ConfigError
 from chiasm.features import Features
 from chiasm.fusion import Fusion
 from chiasm.llm import FIXED_LLM, LanguageModel
-from chiasm.prompt import IGNORE, Position
+from chiasm.prompt import Position
 from chiasm.views import Views, pool_tokens
+
+LOGITS = 2**28
+"""Logits that are held at once, in float32 beside their gradients; of more, a part at a time, computed again in the
+backward pass. 1 GiB of float32."""
 
 
 class LearnedTokens(nn.Module):
@@ -169,11 +174,11 @@ class VLM(nn.Module):
         embeds_BTE = embeds_BTE.masked_fill(kinds_BT1 == Position.PAD, 0)
         learned_BTE = F.embedding(batch.ids_BT.where(batch.kinds_BT == Position.LEARNED, 0), self.tokens.vectors)
         embeds_BTE = torch.where(kinds_BT1 == Position.LEARNED, learned_BTE.to(dtype), embeds_BTE)
-        places = int((batch.kinds_BT == Position.VISUAL).sum())
+        places = len(batch.visual_X)
         if not batch.vision:
             if places:
                 raise ValueError(f"the batch has {places} places for visual tokens and no image")
-            return embeds_BTE
+            return self._with_graph(embeds_BTE)
         visual_INE = self.see(batch.vision)
         visual_XE = self._in_sequence(visual_INE, batch.view_tokens)
         if places != len(visual_XE):
@@ -181,8 +186,9 @@ class VLM(nn.Module):
                 f"the batch has {places} places for visual tokens, its {len(visual_INE)} views of images have "
                 f"{len(visual_XE)}"
             )
-        # out of place, so that the embeddings of a frozen language model need no graph of their own
-        return embeds_BTE.masked_scatter(kinds_BT1 == Position.VISUAL, visual_XE.to(dtype))
+        # out of place, so that the embeddings of a frozen language model need no graph of their own; by index and not
+        # by mask, for whose backward pass a GPU is asked how many places there are
+        return embeds_BTE.flatten(0, 1).index_copy(0, batch.visual_X, visual_XE.to(dtype)).view_as(embeds_BTE)
 
     # what comes out
 
@@ -195,22 +201,58 @@ class VLM(nn.Module):
         Returns:
             A float32 scalar and an int64 scalar.
         """
-        hidden_BTE = self.llm(self.embed(batch), batch.mask_BT)
-        targets_BT = batch.labels_BT[:, 1:]
-        supervised_BT = targets_BT != IGNORE
-        logits_SV = self.llm.logits(hidden_BTE[:, :-1][supervised_BT])
-        loss = F.cross_entropy(logits_SV.float(), targets_BT[supervised_BT], reduction="sum")
-        return loss, supervised_BT.sum()
+        hidden_BTE = self.hidden(batch)
+        hidden_SE = hidden_BTE.flatten(0, 1).index_select(0, batch.supervised_S)
+        rows = max(1, LOGITS // self.llm.geometry.vocabulary)
+        loss = torch.zeros((), device=hidden_SE.device)
+        for hidden_sE, targets_s in zip(torch.split(hidden_SE, rows), torch.split(batch.targets_S, rows), strict=True):
+            if len(hidden_SE) > rows and torch.is_grad_enabled():
+                loss = loss + checkpoint(self._loss, hidden_sE, targets_s, use_reentrant=False)
+            else:
+                loss = loss + self._loss(hidden_sE, targets_s)
+        return loss, torch.tensor(len(batch.targets_S))
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """The language model's hidden states of a batch, `[B, T, E]`.
+
+        Raises:
+            ValueError: the batch is packed and the language model does not take documents.
+        """
+        embeds_BTE = self.embed(batch)
+        if batch.documents is not None:
+            if not self.llm.packs:
+                raise ValueError(f"{type(self.llm).__name__} takes no packed batch; collate with pad='right'")
+            hidden_BTE = self.llm.forward_packed(embeds_BTE, batch.documents)
+        else:
+            # causal: what stands before padding never looks at it
+            hidden_BTE = self.llm(embeds_BTE, batch.mask_BT if batch.padded_left else None)
+        return hidden_BTE
+
+    def _loss(self, hidden_SE: Tensor, targets_S: Tensor) -> Tensor:
+        return F.cross_entropy(self.llm.logits(hidden_SE).float(), targets_S, reduction="sum")
 
     def logits(self, batch: Batch) -> Tensor:
         """Logits at every position, `[B, T, V]`; to compare models with, not to train with."""
-        return self.llm.logits(self.llm(self.embed(batch), batch.mask_BT))
+        return self.llm.logits(self.hidden(batch))
 
     @torch.no_grad()
     def generate(self, batch: Batch, *, max_new_tokens: int) -> list[str]:
         """The greedy answers to a batch that was padded on the left."""
         ids = self.llm.generate(self.embed(batch), batch.mask_BT, max_new_tokens=max_new_tokens)
         return [self.llm.detokenize(row) for row in ids]
+
+    def _with_graph(self, embeds_BTE: Tensor) -> Tensor:
+        """Embeddings of a batch without images, whose loss must have a graph although nothing trained is in it.
+
+        Workers whose batches have images reduce gradients and gather weights in their backward pass; a worker that
+        had none to make would leave them waiting.
+        """
+        if embeds_BTE.requires_grad or not torch.is_grad_enabled():
+            return embeds_BTE
+        trained = next(
+            (p for name in PARTS if name != "llm" for p in self.part(name).parameters() if p.requires_grad), None
+        )
+        return embeds_BTE if trained is None else embeds_BTE + 0 * trained.sum().to(embeds_BTE.dtype)
 
     def _in_sequence(self, visual_INE: Tensor, view_tokens: Sequence[int]) -> Tensor:
         """The visual tokens `[I, N, E]` of all views one after the other, `[X, E]`; those of pooled tiles pooled."""
@@ -221,8 +263,9 @@ class VLM(nn.Module):
             raise ValueError(f"the batch has {len(visual_INE)} views, and the number of tokens of {len(view_tokens)}")
         grid = self.adapter.out.grid
         assert grid is not None, "Views pools tokens on a grid only"
-        whole = torch.tensor([count == every for count in view_tokens], device=visual_INE.device)
-        tiles = iter(pool_tokens(visual_INE[~whole], grid, self.views.config.pool))
+        places = [i for i, count in enumerate(view_tokens) if count != every]
+        pooled_INE = visual_INE.index_select(0, torch.tensor(places, device=visual_INE.device))
+        tiles = iter(pool_tokens(pooled_INE, grid, self.views.config.pool))
         return torch.cat(
             [
                 visual_NE if count == every else next(tiles)

@@ -66,8 +66,8 @@ class CrossAttention(Fusion):
         if window_of(high.grid, low.grid) == (1, 1):
             raise CombinationError(
                 f"cross_attention wants a second encoder of a finer grid than the first's, given {low.grid} and then "
-                f"{high.grid}: a token would have one to attend to; choose the other order, or give the second a larger "
-                "image"
+                f"{high.grid}: a token would have one to attend to; choose the other order, or give the second a "
+                "larger image"
             )
         width = low.layers * low.width
         check_heads("cross_attention", config.heads, width)

@@ -6,7 +6,7 @@ Shape letters: B sequences, T positions, E width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar, Self
 
 import torch
@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from chiasm.documents import Documents
 from chiasm.errors import CheckpointError, ConfigError
 from chiasm.llm import LanguageModel, LanguageModelConfig, LanguageModelSpec, Message
 from chiasm_llms.byte_tokenizer import BYTE_VOCABULARY, byte_tokenizer
@@ -27,6 +28,7 @@ from chiasm_llms.checkpoint import has_chat_template, load_tokenizer, load_weigh
 from chiasm_llms.geometry import geometry, random_weights
 from chiasm_llms.lora import add_lora
 from chiasm_llms.memory import activation_bytes
+from chiasm_llms.packing import decode_packed, offer_packing
 from chiasm_llms.presets import BY_SOURCE
 from chiasm_llms.quantization import quantization
 from chiasm_llms.settings import CausalConfig, Shape
@@ -66,6 +68,8 @@ class CausalLM(LanguageModel):
         self.model = model
         self.tokenizer = tokenizer
         self._learned = learned
+        self._packs = offer_packing(model)
+        self._compiled = False
         # a checkpoint's temperature, penalties and lengths would leak into generate()
         self.model.generation_config = GenerationConfig()
         _check_ids(tokenizer, self.geometry.vocabulary)
@@ -193,6 +197,14 @@ class CausalLM(LanguageModel):
             return super().trainable()
         return {f"model.{name}": p for name, p in self.model.named_parameters() if name in self._learned}
 
+    # how it is executed
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The decoder's first list of as many modules as the architecture has blocks."""
+        lists = (part for part in self.model.get_decoder().modules() if isinstance(part, nn.ModuleList))
+        return next((list(part) for part in lists if len(part) == self.geometry.depth), [])
+
     # text
 
     def tokenize(self, text: str) -> list[int]:
@@ -236,6 +248,18 @@ class CausalLM(LanguageModel):
         embeds: Tensor = self.model.get_input_embeddings()(ids)
         return embeds
 
+    @property
+    def packs(self) -> bool:
+        """Whether the architecture's attention can be told the documents of a row; most of Llama's kin can."""
+        return self._packs
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        self._compiled = True
+        super().compile(*args, **kwargs)
+
+    def forward_packed(self, embeds_1TE: Tensor, documents: Documents) -> Tensor:
+        return decode_packed(self.model.get_decoder(), embeds_1TE, documents)
+
     def forward(self, embeds_BTE: Tensor, mask_BT: Tensor | None = None, positions_BT: Tensor | None = None) -> Tensor:
         if positions_BT is None and mask_BT is not None and not _padded_on_the_right(mask_BT):
             positions_BT = (mask_BT.long().cumsum(-1) - 1).clamp(min=0)
@@ -276,7 +300,9 @@ class CausalLM(LanguageModel):
             pad_token_id=self._eos_id,  # what stands behind a finished row's end is cut off below
             use_cache=True,
         )
-        with _in_eval(self.model):
+        # compiled blocks would be compiled anew for each length of the cache
+        eager = torch.compiler.set_stance("force_eager") if self._compiled else nullcontext()
+        with _in_eval(self.model), eager:
             ids_BT = self.model.generate(
                 inputs_embeds=embeds_BTE, attention_mask=mask_BT.long(), generation_config=settings
             )

@@ -1,0 +1,146 @@
+"""Attention within the documents of a packed row, for the models of transformers.
+
+Registered as an attention of transformers' own, under `NAME`: with documents each attends to itself alone, without any
+it is transformers' scaled dot-product attention.
+
+Shape letters: H heads of queries, K heads of keys and values, T positions of a packed row, d width of a head.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from chiasm.documents import Documents
+
+NAME = "chiasm_documents"
+
+# earlier versions take fewer heads of keys without being told
+_GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+
+def offer_packing(model: PreTrainedModel) -> bool:
+    """Gives a model the attention that keeps documents apart, if it passes them on to it.
+
+    Only a model on scaled dot-product attention is changed, and only where every layer's attention receives the
+    documents, which a short row tells; its results without documents stay the same.
+    """
+    if model.config._attn_implementation != "sdpa":
+        return False
+    model.set_attn_implementation(NAME)
+    try:
+        kept = _separates(model)
+    except (TypeError, ValueError, RuntimeError, NotImplementedError):  # an architecture with a signature of its own
+        kept = False
+    if not kept:
+        model.set_attn_implementation("sdpa")
+    return kept
+
+
+def document_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    documents: Documents | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention as transformers calls it: `[B, H, T, d]` and `[B, K, T, d]` to `[B, T, H, d]`."""
+    if documents is None:
+        output, _ = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+        return output, None
+    window = kwargs.get("sliding_window")
+    query_HTd, key_KTd, value_KTd = query[0], key[0], value[0]
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    if query.is_cuda and half and not dropout:
+        bounds_P, longest = documents.bounds_P, documents.longest
+        output_THd: Any = varlen_attn(
+            query_HTd.transpose(0, 1).contiguous(),
+            key_KTd.transpose(0, 1).contiguous(),
+            value_KTd.transpose(0, 1).contiguous(),
+            bounds_P,
+            bounds_P,
+            longest,
+            longest,
+            scale=scaling,
+            window_size=(-1 if window is None else window - 1, 0),
+            **_GROUPED,
+        )
+        return output_THd.unsqueeze(0), None
+    lengths = list(documents.lengths)
+    by_document = zip(*(torch.split(x, lengths, dim=1) for x in (query_HTd, key_KTd, value_KTd)), strict=True)
+    parts = [_one(q, k, v, dropout=dropout, scaling=scaling, window=window) for q, k, v in by_document]
+    return torch.cat(parts, dim=1).transpose(0, 1).unsqueeze(0), None
+
+
+def _one(
+    query_HTd: Tensor, key_KTd: Tensor, value_KTd: Tensor, *, dropout: float, scaling: float | None, window: int | None
+) -> Tensor:
+    """Causal attention of one document, `[H, T, d]`."""
+    length, mask_TT = query_HTd.shape[1], None
+    if window is not None and length > window:
+        places_T = torch.arange(length, device=query_HTd.device)
+        back_TT = places_T[:, None] - places_T
+        mask_TT = (back_TT >= 0) & (back_TT < window)
+    return F.scaled_dot_product_attention(
+        query_HTd.unsqueeze(0),
+        key_KTd.unsqueeze(0),
+        value_KTd.unsqueeze(0),
+        attn_mask=mask_TT,
+        dropout_p=dropout,
+        is_causal=mask_TT is None,
+        scale=scaling,
+        enable_gqa=query_HTd.shape[0] != key_KTd.shape[0],
+    ).squeeze(0)
+
+
+@torch.no_grad()
+def _separates(model: PreTrainedModel) -> bool:
+    """Whether two documents in one row have the hidden states that each has alone."""
+    decoder, table = model.get_decoder(), model.get_input_embeddings().weight
+    rows = torch.randperm(len(table), generator=torch.Generator().manual_seed(0))[:6]
+    embeds_1TE = table[rows.to(table.device)].unsqueeze(0)
+    training = model.training
+    model.eval()
+    try:
+        first, second = (
+            decoder(inputs_embeds=part, use_cache=False).last_hidden_state for part in embeds_1TE.split([2, 4], dim=1)
+        )
+        together = decode_packed(decoder, embeds_1TE, Documents.of([2, 4]).to(embeds_1TE.device))
+    finally:
+        model.train(training)
+    alone = torch.cat([first, second], dim=1)
+    scale = max(1.0, alone.abs().max().item())
+    loose = 1e-4 if alone.dtype == torch.float32 else 0.05
+    return bool((together - alone).abs().max().item() <= loose * scale)
+
+
+def decode_packed(decoder: nn.Module, embeds_1TE: Tensor, documents: Documents) -> Tensor:
+    """The hidden states `[1, T, E]` of a packed row."""
+    # a mask of four axes is handed on as it is; without any transformers would build one of T x T
+    unused_1111 = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=embeds_1TE.device)
+    hidden_1TE: Tensor = decoder(
+        inputs_embeds=embeds_1TE,
+        attention_mask=unused_1111,
+        position_ids=documents.positions_1T,
+        documents=documents,
+        use_cache=False,
+    ).last_hidden_state
+    return hidden_1TE
+
+
+AttentionInterface.register(NAME, document_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)
