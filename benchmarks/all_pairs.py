@@ -3,26 +3,30 @@
 A combination that the plan takes is trained for two steps on the same samples, must have a falling loss, and answers
 questions. None may fail later than the plan.
 
-    python benchmarks/all_pairs.py [--processes N] [--shard I/N]    the full product of what is installed
+    python benchmarks/all_pairs.py    the full product of what is installed; killed, it goes on where it was
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import json
 import math
 import multiprocessing
+import random
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
-from chiasm.build import build_vlm
-from chiasm.config import RunConfig
+from chiasm.build import build_vlm, load_component
+from chiasm.config import ComponentRef, RunConfig
 from chiasm.plan import plan_run
 from chiasm.registry import registry
 
@@ -53,24 +57,49 @@ class Outcome:
 
 
 def levels() -> dict[str, dict[str, Any]]:
-    """The levels of each axis, by name, from the components that are installed."""
+    """The levels of each axis, by name: every installed component, and its options that do something else."""
     encoders = {name: [tiny] for name, tiny in installed("encoder")}
-    many = [encoders[name][0] for name in ("clip", "siglip", "dinov2")]
+    clip, siglip, dinov2 = (encoders[name][0] for name in ("clip", "siglip", "dinov2"))
+    finer = clip | {"shape": clip["shape"] | {"image_size": 24}}
     sets = {
-        "clip, all layers": [many[0] | {"layers": "all"}],
-        "clip + dinov2": [many[0], many[2]],
-        "clip + efficientnet": [many[0], encoders["efficientnet-lite0"][0]],
-        "clip, two layers + blind + siglip": [many[0] | {"layers": [-2, -1]}, encoders["blind"][0], many[1]],
+        "dinov2 with registers": [dinov2 | {"shape": dinov2["shape"] | {"registers": 2}}],
+        "timm, convolutional": [{"name": "timm", "model": "test_resnet", "image_size": 64, "layers": 3}],
+        "clip, all layers": [clip | {"layers": "all"}],
+        "clip + dinov2": [clip, dinov2],
+        "clip + a finer clip": [clip, finer],
+        "clip + efficientnet": [clip, encoders["efficientnet-lite0"][0]],
+        "clip, two layers + blind + siglip": [clip | {"layers": [-2, -1]}, encoders["blind"][0], siglip],
     }
-    llms = {name: tiny_of("llm", name) for name in ("causal", "mistral", "smollm2-135m")}
+    fusions = {name: {"name": name} for name, _ in installed("fusion")} | {
+        # as large as the encoders here
+        "project_attention": {"name": "project_attention", "rows": 6},
+        "sva": {"name": "sva", "grid": [2, 2], "depth": 1, "width": 8, "heads": 2},
+        "additive, learned": {"name": "additive", "learned": True},
+        "concat_channels, resampled": {"name": "concat_channels", "align": "interpolate"},
+        "project_attention, features ask": {"name": "project_attention", "query": "features", "rows": 6},
+        "project_sum, resampled, no scalars": {"name": "project_sum", "align": "interpolate", "layer_scalars": False},
+    }
+    adapters = dict(installed("adapter"))
+    adapters |= {
+        "avg_pool of blocks": {"name": "avg_pool"},
+        "resampler, no positions": adapters["resampler"] | {"positions": "none"},
+        "transformer, norm first": adapters["transformer"] | {"norm": "pre"},
+    }
+    llms = {name: shallow(tiny_of("llm", name)) for name in ("causal", "mistral", "smollm2-135m")}
     llms["causal with LoRA"] = llms["causal"] | {"lora": {"rank": 4}}
     return {
         "encoders": encoders | sets,
-        "fusion": {name: {"name": name} for name, _ in installed("fusion")},
-        "adapter": dict(installed("adapter")),
+        "fusion": fusions,
+        "adapter": adapters,
         "image": IMAGES,
-        "llm": llms,
+        "llm": {name: {"llm": llm} for name, llm in llms.items()}
+        | {"smollm2-135m, its own turns": {"llm": llms["smollm2-135m"], "tokens": {"image": [], "turns": "template"}}},
     }
+
+
+def shallow(llm: dict[str, Any]) -> dict[str, Any]:
+    """A tiny language model of one block."""
+    return llm | {"shape": llm["shape"] | {"depth": 1}}
 
 
 def installed(kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -89,17 +118,28 @@ def tiny_of(kind: str, name: str) -> dict[str, Any]:
 
 
 def make_run(choice: dict[str, Any]) -> RunConfig:
-    """One combination as a run of two steps, each on the same four samples."""
-    data = {"name": "world", "task": "dialogues", "size": 4, "skills": SKILLS, "image_size": 96}
+    """One combination as a run of two steps, each on the same two samples."""
+    data = {"name": "world", "task": "dialogues", "size": 2, "skills": SKILLS, "image_size": 96}
     stage = {
-        "name": "s", "data": data, "train": ["fusion", "adapter", "tokens", "llm"], "lr": 1e-3, "batch_size": 4,
+        "name": "s", "data": data, "train": ["fusion", "adapter", "tokens", "llm"], "lr": 1e-3, "batch_size": 2,
         "steps": 2, "schedule": "constant", "warmup": 0,
     }  # fmt: skip
     vision = {name: choice[name] for name in ("encoders", "fusion", "adapter")} | {"image": choice["image"]["image"]}
-    tokens = choice["image"].get("tokens", {})
+    tokens = choice["image"].get("tokens", {}) | choice["llm"].get("tokens", {})
     evaluate = {"name": "world", "size": 2, "skills": SKILLS, "image_size": 96}
-    values = {"vision": vision, "llm": choice["llm"], "tokens": tokens, "stages": [stage], "system": ""}
+    values = {"vision": vision, "llm": choice["llm"]["llm"], "tokens": tokens, "stages": [stage], "system": ""}
     return RunConfig.model_validate(values | {"evaluate": evaluate})
+
+
+def load(kind: str, ref: ComponentRef, stream: str) -> Any:
+    """A part as `build_vlm` wants it: each is drawn once, and what learns is a copy of it."""
+    key = f"{kind} {stream} {ref.model_dump_json()}"
+    if key not in _PARTS:
+        _PARTS[key] = load_component(kind, ref, stream)
+    return _PARTS[key] if kind == "encoder" else copy.deepcopy(_PARTS[key])
+
+
+_PARTS: dict[str, Any] = {}
 
 
 def attempt(names: Sequence[str], choice: dict[str, Any]) -> Outcome:
@@ -117,12 +157,15 @@ def attempt(names: Sequence[str], choice: dict[str, Any]) -> Outcome:
         if not plan.valid:
             return Outcome(names, "refused", "; ".join(plan.problems))
         alone = Workers(0, 1, torch.device("cpu"))
-        vlm = build_vlm(run)
+        vlm = build_vlm(run, load)
         feed = make_feed(vlm, run)
         losses: list[float] = []
         mixture = load_mixture(run.stages[0].data)
         train_stage(vlm, run, 0, mixture, feed, alone, lambda step, steps, metrics: losses.append(metrics["loss"]))
-        rows = evaluate(vlm, run, feed, load_benchmarks(run.evaluate), alone)
+        benchmarks = load_benchmarks(run.evaluate)
+        for benchmark in benchmarks.values():
+            benchmark.max_new_tokens = 3  # random weights have nothing to say
+        rows = evaluate(vlm, run, feed, benchmarks, alone)
         found = {count.part: count.trained for count in vlm.counts()}
         planned = {part: plan.trained.get(part, 0) for part in found}
         counted = found == planned
@@ -186,31 +229,44 @@ def _start() -> None:
     _LEVELS.update(levels())
 
 
+def journal(path: Path, every: dict[str, dict[str, Any]]) -> list[Outcome]:
+    """The outcomes that a journal of the same levels holds; any other journal is begun anew."""
+    levels_line = json.dumps(every, sort_keys=True)
+    lines = path.read_text().splitlines() if path.exists() else []
+    if not lines or lines[0] != levels_line:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(levels_line + "\n")
+        return []
+    whole = [json.loads(line) for line in lines[1:] if line.endswith("}")]  # one may have been cut off
+    path.write_text("\n".join([levels_line, *map(json.dumps, whole)]) + "\n")
+    return [Outcome(tuple(item.pop("names")), **item) for item in whole]
+
+
 def main() -> None:
-    from common import write_result
+    from common import ROOT, write_result
 
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--limit", type=int, help="only so many combinations, evenly over the product")
+    parser.add_argument("--processes", type=int, default=2, help="combinations at once")
     parser.add_argument("--seconds", type=float, help="stop after so long and record how many were tried")
+    parser.add_argument("--journal", type=Path, default=ROOT / "runs" / "all_pairs.jsonl", help="what is done so far")
     options = parser.parse_args()
     started = time.monotonic()
     every = levels()
     names = combinations(every, pairs=False)
-    # a stride that shares no factor with the product walks evenly through it, so that a part of it is fair
-    stride = next(step for step in range(int(len(names) * 0.618), len(names)) if math.gcd(step, len(names)) == 1)
-    order = [names[i * stride % len(names)] for i in range(options.limit or len(names))]
-    outcomes = []
-    with multiprocessing.get_context("spawn").Pool(options.processes, _start) as pool:
+    outcomes = journal(options.journal, every)
+    done = {item.names for item in outcomes}
+    order = [item for item in names if item not in done]
+    random.Random(0).shuffle(order)  # so that a part of the product is a fair sample of it
+    with (
+        multiprocessing.get_context("spawn").Pool(options.processes, _start) as pool,
+        options.journal.open("a") as file,
+        tqdm(total=len(names), initial=len(done), mininterval=30, unit="combination") as bar,
+    ):
         for outcome in pool.imap_unordered(_worker, order, chunksize=8):
             outcomes.append(outcome)
-            if len(outcomes) % 500 == 0:
-                print(
-                    len(outcomes),
-                    Counter(item.status for item in outcomes),
-                    round(time.monotonic() - started),
-                    flush=True,
-                )
+            file.write(json.dumps(asdict(outcome)) + "\n")
+            bar.update()
+            bar.set_postfix(Counter(item.status for item in outcomes), refresh=False)
             if options.seconds and time.monotonic() - started > options.seconds:
                 break
     counts = Counter(item.status for item in outcomes)
@@ -225,7 +281,6 @@ def main() -> None:
             "levels": {axis: list(every[axis]) for axis in AXES},
             "reasons_of_the_most_refused": dict(reasons.most_common(20)),
             "failed_combinations": failed[:50],
-            "seconds": time.monotonic() - started,
         },
         asked="every combination is refused by the plan with a reason, or trained for two steps with a falling loss "
         "and evaluated; none fails later than the plan",
