@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Self
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
 
 from chiasm.sample import ImageSource, Sample
 from chiasm.settings import Settings
@@ -35,6 +38,21 @@ class Dataset(ABC):
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[i] for i in range(len(self)))
+
+    def identity(self) -> str:
+        """A name that is equal only for equal samples: results of stages are shared by it.
+
+        This one holds the class, the settings, and the content of each file that a setting names. A data set that
+        reads more, or draws from something else, adds to it. Images in a folder are taken to keep their names.
+        """
+        files = {
+            name: _digest(value)
+            for name in type(self.config).model_fields
+            if isinstance(value := getattr(self.config, name), Path) and value.is_file()
+        }
+        kind = f"{type(self).__module__}:{type(self).__qualname__}"
+        known: list[Any] = [kind, self.config.model_dump(mode="json"), files]
+        return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
     def check(self) -> None:  # noqa: B027 -- nothing to look for is a fine answer
         """Looks for what would stop training later: missing files, no sample, an unreadable image.
@@ -118,3 +136,8 @@ class Benchmark(ABC):
         Raises:
             DataError: what is wrong, with the name of the file or the question.
         """
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

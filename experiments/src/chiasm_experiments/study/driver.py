@@ -19,10 +19,11 @@ from optuna.trial import TrialState
 from chiasm.errors import ChiasmError, ConfigError
 from chiasm_experiments.study.cells import Cell, Trial, levels_of, make_cells, make_trials, refuse_invalid
 from chiasm_experiments.study.config import Study
+from chiasm_experiments.study.sharing import Sharing
 from chiasm_experiments.training.files import MANIFEST, read_json, write_json
 from chiasm_experiments.training.run import Job, check_data
 
-STUDY, JOURNAL, TRIALS = "study.json", "optuna.journal", "trials"
+STUDY, JOURNAL, TRIALS, STAGES = "study.json", "optuna.journal", "trials", "stages"
 RUNS_VARIABLE = "CHIASM_RUNS"
 """Environment variable: the folder of all results."""
 
@@ -163,6 +164,7 @@ class _Driver:
         self.folder = folder
         self.say = say
         self.by_name = {trial.name: trial for trial in trials}
+        self.sharing = Sharing(trials, folder / TRIALS)
         self.pool = Pool(study.config.resources)
         self.retries = study.config.resources.retries
         self.distributions: dict[str, Any] = {
@@ -170,8 +172,8 @@ class _Driver:
         } | {"seed": CategoricalDistribution(study.config.seeds)}
         self.asked: dict[str, optuna.Trial] = {}
         self.attempts: dict[str, int] = {}
-        # a driver that was killed leaves trials RUNNING: they are taken up, not asked for again
-        self.orphans = [
+        # asked for and not started: a driver that was killed leaves such, which are taken up, and not asked for again
+        self.waiting = [
             optuna.trial.Trial(record, trial._trial_id)
             for trial in record.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         ]
@@ -180,7 +182,7 @@ class _Driver:
         """Until no trial waits or runs."""
         from tqdm import tqdm
 
-        waiting = len(self.record.get_trials(deepcopy=False, states=(TrialState.WAITING,))) + len(self.orphans)
+        waiting = len(self.record.get_trials(deepcopy=False, states=(TrialState.WAITING,))) + len(self.waiting)
         self.say(f"{waiting} trials to run, {self.pool.size} at once; results in {self.folder}")
         with tqdm(total=waiting, unit="trial", disable=not sys.stderr.isatty()) as bar:
             try:
@@ -199,9 +201,17 @@ class _Driver:
                 self.pool.close()
 
     def _next(self) -> optuna.Trial:
-        if self.orphans:
-            return self.orphans.pop(0)
-        return self.record.ask(fixed_distributions=self.distributions)
+        """The first trial whose common stages no running one trains just now; else the first of all."""
+        running = list(self.asked)
+        for place, asked in enumerate(self.waiting):
+            if not self.sharing.would_wait(asked.user_attrs["trial"], running):
+                return self.waiting.pop(place)
+        while self.record.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+            asked = self.record.ask(fixed_distributions=self.distributions)
+            if not self.sharing.would_wait(asked.user_attrs["trial"], running):
+                return asked
+            self.waiting.append(asked)
+        return self.waiting.pop(0)
 
     def _start(self, asked: optuna.Trial) -> None:
         trial = self.by_name[asked.user_attrs["trial"]]
@@ -213,8 +223,12 @@ class _Driver:
         labels = {"trial": trial.name, "study": self.record.study_name, "cell": trial.cell.levels}
         folder = self.folder / TRIALS / trial.name
         folder.mkdir(parents=True, exist_ok=True)
-        values = trial.run.model_dump(mode="json")
-        self.pool.submit(Job(values, str(folder), labels, self.pool.execution))
+        values, execution = trial.run.model_dump(mode="json"), self.pool.execution
+        shared = None  # a folder that the study names is for all stages
+        if execution.stages_folder is None:
+            execution = execution.model_copy(update={"stages_folder": self.folder / STAGES})
+            shared = self.sharing.common[trial.name]
+        self.pool.submit(Job(values, str(folder), labels, execution, shared))
 
     def _retry(self, name: str, error: str) -> bool:
         if self.attempts[name] > self.retries:

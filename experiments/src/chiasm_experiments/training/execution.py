@@ -38,6 +38,9 @@ class Execution(Settings):
     """The language model by `torch.compile`. auto: on a GPU, for stages long enough to earn it back."""
     activation_checkpointing: Choice = "auto"
     """Blocks of the language model computed again in the backward pass. auto: where memory would not hold them."""
+    stages_folder: FilePath | None = None
+    """Results of stages, shared with all runs that name the same folder; a stage whose model, data and settings are
+    equal is trained once. null: a study shares in its own folder what its trials have in common."""
     profile: int = Field(default=0, ge=0)
     """Steps of the first stage to trace with torch's profiler, after its first few; 0: none."""
 

@@ -103,11 +103,7 @@ class MetricsLog:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.lines: list[dict[str, Any]] = []
-        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-            # a kill may have cut the last line off
-            with contextlib.suppress(ValueError):
-                self.lines.append(json.loads(line))
+        self.lines = _read_lines(path)
         self._rewrite()
 
     def __enter__(self) -> Self:
@@ -124,8 +120,24 @@ class MetricsLog:
             self._rewrite()
         self.file.write(json.dumps({"stage": stage, "step": step, **metrics}) + "\n")
 
+    def take(self, stage: str, path: Path) -> None:
+        """Takes the steps of a stage from another log, in place of its own."""
+        self.file.close()
+        self.lines = [line for line in _read_lines(self.path) if line["stage"] != stage]
+        self.lines += [line for line in _read_lines(path) if line["stage"] == stage]
+        self._rewrite()
+
     def _rewrite(self) -> None:
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
         os.replace(temporary, self.path)
         self.file = self.path.open("a", encoding="utf-8", buffering=1)
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log as far as they are whole: a kill may have cut the last one off."""
+    lines: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(line))
+    return lines

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,36 +11,30 @@ from typing import Any
 import torch
 
 from chiasm.build import build_vlm
-from chiasm.config import Part, RunConfig, resolve
+from chiasm.config import RunConfig
 from chiasm.errors import ConfigError
 from chiasm.prompt import PromptBuilder
 from chiasm.registry import registry
 from chiasm.vlm import VLM
 from chiasm_experiments.data.feed import FeatureMemo, Feed
-from chiasm_experiments.data.mixture import Mixture, load_mixture
+from chiasm_experiments.data.mixture import load_mixture
 from chiasm_experiments.evaluation import evaluate, load_benchmarks, scores, write_rows
 from chiasm_experiments.training import environment
 from chiasm_experiments.training.cache import WarmParts
-from chiasm_experiments.training.checkpoint import Checkpoints
 from chiasm_experiments.training.execution import Execution
 from chiasm_experiments.training.files import (
     MANIFEST,
-    METRICS,
     QUESTIONS,
     RUN,
-    MetricsLog,
-    has_parts,
     load_parts,
     read_json,
-    save_parts,
     write_json,
 )
 from chiasm_experiments.training.precision import place
-from chiasm_experiments.training.stage import check_stage, train_stage
+from chiasm_experiments.training.shared import stage_folder
+from chiasm_experiments.training.stage import check_stage
+from chiasm_experiments.training.stages import Progress, Stages
 from chiasm_experiments.training.workers import Workers
-
-Progress = Callable[[str, int, int, float], None]
-"""Told on the first worker: what is done (a stage's name or `evaluate`), the step, the steps in all, the loss."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +46,7 @@ class Job:
         folder: absolute; where the run's files go.
         labels: what identifies the run in its study: `trial`, `cell`, `study`.
         execution: where its time and memory go.
+        shared_stages: how many of its first stages are shared through `execution.stages_folder`; None: all.
         memo_bytes: memory for features of frozen encoders; used where no loader process runs.
         command: what the user ran, which on a worker is another.
     """
@@ -62,6 +55,7 @@ class Job:
     folder: str
     labels: dict[str, Any]
     execution: Execution = field(default_factory=Execution)
+    shared_stages: int | None = None
     memo_bytes: int = 2**30
     command: list[str] = field(default_factory=environment.command)
 
@@ -108,7 +102,7 @@ def execute(job: Job, progress: Progress, warm: WarmParts | None = None) -> dict
     benchmarks = load_benchmarks(run.evaluate)
     manifest = _begin(job, run, vlm, workers)
     loaded = time.perf_counter()
-    stages = _train(vlm, run, mixtures, feed, workers, job, progress)
+    stages = Stages(job, run, vlm, mixtures, feed, workers, progress, manifest["environment"]).train()
     trained = time.perf_counter()
 
     if workers.first:
@@ -121,6 +115,7 @@ def execute(job: Job, progress: Progress, warm: WarmParts | None = None) -> dict
         "seconds": {
             "load": loaded - started,
             "train": sum(stage["seconds"] for stage in stages),
+            "shared": sum(stage["seconds"] for stage in stages if stage["shared"]),
             "evaluate": ended - trained,
             "total": ended - started,
         },
@@ -143,7 +138,7 @@ def load_run_folder(folder: Path) -> tuple[RunConfig, VLM]:
     """
     run = RunConfig.model_validate(read_json(folder / RUN))
     vlm = build_vlm(run)
-    load_parts(vlm, folder / "stages" / run.stages[-1].name)
+    load_parts(vlm, stage_folder(folder / "stages" / run.stages[-1].name))
     vlm.set_trained(())
     return run, vlm.eval()
 
@@ -197,61 +192,3 @@ def _begin(job: Job, run: RunConfig, vlm: VLM, workers: Workers) -> dict[str, An
         write_json(folder / MANIFEST, manifest)
         registry().plugins.hook.chiasm_run_started(folder=folder, manifest=manifest)
     return manifest
-
-
-def _train(
-    vlm: VLM,
-    run: RunConfig,
-    mixtures: list[Mixture],
-    feed: Feed,
-    workers: Workers,
-    job: Job,
-    progress: Progress,
-) -> list[dict[str, Any]]:
-    """Trains or reads each stage; what each cost."""
-    results, folder = [], Path(job.folder)
-    with contextlib.ExitStack() as files:
-        log = files.enter_context(MetricsLog(folder / METRICS)) if workers.first else None
-        for index, stage in enumerate(run.stages):
-            place_ = folder / "stages" / stage.name
-            if has_parts(place_):
-                load_parts(vlm, place_)
-                results.append(read_json(place_ / "result.json"))
-                continue
-
-            def on_step(step: int, steps: int, metrics: dict[str, float], name: str = stage.name) -> None:
-                assert log is not None
-                log.write(name, step, metrics)
-                progress(name, step, steps, metrics["loss"])
-                registry().plugins.hook.chiasm_metrics(folder=folder, stage=name, step=step, metrics=metrics)
-
-            checkpoints = Checkpoints(place_, workers, job.execution.checkpoint_seconds)
-            files.callback(checkpoints.close)
-            loaders = job.execution.loaders(workers.device)
-            result = train_stage(vlm, run, index, mixtures[index], feed, workers, on_step, loaders, checkpoints)
-            results.append({"name": stage.name, "train": list(stage.train), **asdict(result)})
-            if workers.first:
-                write_json(place_ / "result.json", results[-1])
-                save_parts(vlm, place_, _parts_to_save(run, index), _random_parts(run))
-            checkpoints.clear()
-            workers.barrier()
-    return results
-
-
-def _parts_to_save(run: RunConfig, index: int) -> list[Part]:
-    """Every part whose weights stand nowhere else: trained so far, new, or random."""
-    parts = _random_parts(run)
-    parts |= {"fusion", "adapter", "tokens"}
-    for stage in run.stages[: index + 1]:
-        parts |= set(stage.train)
-    return sorted(parts)
-
-
-def _random_parts(run: RunConfig) -> set[Part]:
-    """The encoders and the language model where they start from no checkpoint."""
-    parts: set[Part] = set()
-    if any(resolve("encoder", ref)[1].pretrained is None for ref in run.vision.encoders):
-        parts.add("encoders")
-    if resolve("llm", run.llm)[1].pretrained is None:
-        parts.add("llm")
-    return parts

@@ -1,0 +1,158 @@
+"""The stages of a run in order: each is trained, taken up, or found finished."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from chiasm.config import Part, RunConfig, resolve
+from chiasm.registry import registry
+from chiasm.vlm import VLM
+from chiasm_experiments.data.feed import Feed
+from chiasm_experiments.data.mixture import Mixture
+from chiasm_experiments.training.checkpoint import Checkpoints
+from chiasm_experiments.training.files import (
+    METRICS,
+    MetricsLog,
+    has_parts,
+    load_parts,
+    read_json,
+    save_parts,
+    write_json,
+)
+from chiasm_experiments.training.identity import stage_key
+from chiasm_experiments.training.precision import compute_dtype
+from chiasm_experiments.training.shared import Claim, claim, refer, stage_folder
+from chiasm_experiments.training.stage import train_stage
+from chiasm_experiments.training.workers import Workers
+
+if TYPE_CHECKING:
+    from chiasm_experiments.training.run import Job
+
+Progress = Callable[[str, int, int, float], None]
+"""Told on the first worker: what is done (a stage's name or `evaluate`), the step, the steps in all, the loss."""
+
+RESULT = "result.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Stages:
+    """All that training a run's stages takes.
+
+    Args:
+        job: the run as it was asked for.
+        run: its configuration.
+        vlm: its model, on the device.
+        mixtures: the data of each stage.
+        feed: makes batches.
+        workers: this worker among all.
+        progress: told of every step.
+        environment: versions, which a shared result's key holds.
+    """
+
+    job: Job
+    run: RunConfig
+    vlm: VLM
+    mixtures: Sequence[Mixture]
+    feed: Feed
+    workers: Workers
+    progress: Progress
+    environment: dict[str, Any]
+
+    def train(self) -> list[dict[str, Any]]:
+        """Leaves the model as the last stage leaves it; what each stage cost."""
+        with contextlib.ExitStack() as files:
+            log = files.enter_context(MetricsLog(Path(self.job.folder) / METRICS)) if self.workers.first else None
+            return [self._stage(index, log) for index in range(len(self.run.stages))]
+
+    def _stage(self, index: int, log: MetricsLog | None) -> dict[str, Any]:
+        own = Path(self.job.folder) / "stages" / self.run.stages[index].name
+        job, store = self.job, self.job.execution.stages_folder
+        if has_parts(stage_folder(own)):
+            result = self._read(stage_folder(own))
+        elif store is None or (job.shared_stages is not None and index >= job.shared_stages):
+            result = self._train(index, own, log)
+        else:
+            result = self._shared(index, own, store, log)
+        # told by the result, not by what this process did: a run that was killed later has trained it all the same
+        return result | {"shared": result.get("trained_by", job.folder) != job.folder}
+
+    def _shared(self, index: int, own: Path, store: Path, log: MetricsLog | None) -> dict[str, Any]:
+        """A stage that other runs have too: trained by one of them, and found by all others."""
+        name, parts = self.run.stages[index].name, sorted(random_parts(self.run))
+        dtype = compute_dtype(self.run, self.workers.device)
+        key = stage_key(self.run, index, self.mixtures, dtype, self.environment, parts)
+        waiting = partial(self.progress, f"{name} (another run trains it)", 0, 1, float("nan"))
+        with claim(store, key, self.workers, waiting) as stage:
+            trained = not stage.finished
+            if trained:
+                self._train(index, stage.folder, log, stage)
+            kept = stage.publish()
+        if log is not None:
+            if not trained:
+                log.take(name, stage.result / METRICS)
+            refer(own, key, stage.result)
+        # another's result may have been there first, and all runs go on from the same
+        return read_json(stage.result / RESULT) if trained and kept else self._read(stage.result)
+
+    def _train(self, index: int, folder: Path, log: MetricsLog | None, shared: Claim | None = None) -> dict[str, Any]:
+        """Trains a stage into a folder, from its newest checkpoint there."""
+        stage, workers, job = self.run.stages[index], self.workers, self.job
+        with contextlib.ExitStack() as files:
+            logs = [log] if log is not None else []
+            if log is not None and shared is not None:
+                log.take(stage.name, folder / METRICS)  # the steps of a run that died
+                logs.append(files.enter_context(MetricsLog(folder / METRICS)))
+
+            def on_step(step: int, steps: int, metrics: dict[str, float]) -> None:
+                for file in logs:
+                    file.write(stage.name, step, metrics)
+                if shared is not None:
+                    shared.alive()
+                self.progress(stage.name, step, steps, metrics["loss"])
+                hook = registry().plugins.hook
+                hook.chiasm_metrics(folder=Path(job.folder), stage=stage.name, step=step, metrics=metrics)
+
+            checkpoints = Checkpoints(folder, workers, job.execution.checkpoint_seconds)
+            files.callback(checkpoints.close)
+            loaders = job.execution.loaders(workers.device)
+            ended = train_stage(
+                self.vlm, self.run, index, self.mixtures[index], self.feed, workers, on_step, loaders, checkpoints
+            )
+            result = {"name": stage.name, "train": list(stage.train), **asdict(ended)}
+            result["trained_by"] = job.folder
+            if workers.first:
+                write_json(folder / RESULT, result)
+                save_parts(self.vlm, folder, _parts_to_save(self.run, index), random_parts(self.run))
+            checkpoints.clear()
+            workers.barrier()
+        return result
+
+    def _read(self, folder: Path) -> dict[str, Any]:
+        """Reads a finished stage into the model."""
+        load_parts(self.vlm, folder)
+        result: dict[str, Any] = read_json(folder / RESULT)
+        return result
+
+
+def random_parts(run: RunConfig) -> set[Part]:
+    """The encoders and the language model where they start from no checkpoint."""
+    parts: set[Part] = set()
+    if any(resolve("encoder", ref)[1].pretrained is None for ref in run.vision.encoders):
+        parts.add("encoders")
+    if resolve("llm", run.llm)[1].pretrained is None:
+        parts.add("llm")
+    return parts
+
+
+def _parts_to_save(run: RunConfig, index: int) -> list[Part]:
+    """Every part whose weights stand nowhere else: trained so far, new, or random."""
+    parts = random_parts(run)
+    parts |= {"fusion", "adapter", "tokens"}
+    for stage in run.stages[: index + 1]:
+        parts |= set(stage.train)
+    return sorted(parts)
