@@ -130,7 +130,7 @@ def run_cost(
             # features that no trained layer keeps are gone when the language model's peak comes
             kept += views * connector.saved_bytes + sample.answer * llm.vocabulary * LOGIT_BYTES
         stages[stage.name] = StageCost(
-            flops=_train_flops(stage, llm, positions, sample.answer, encode, connect),
+            flops=train_flops(stage, llm, positions, sample.answer, encode, connect),
             gpu_bytes=None if kept is None else _train_bytes(run, stage, llm, parameters, kept),
             micro_batch=_micro_batch(stage),
         )
@@ -182,7 +182,7 @@ def _micro_batch(stage: StageConfig) -> int:
     return stage.micro_batch_size or stage.batch_size
 
 
-def _train_flops(
+def train_flops(
     stage: StageConfig, llm: LanguageModelSpec, positions: int, answer: int, encode: int, connect: int
 ) -> int:
     """Forward and backward of one sample: a matrix costs one forward for each of the two gradients that are needed."""

@@ -120,11 +120,13 @@ class Checkpoints:
                 return self._put(read, learner)
         return Position()
 
-    def step(self, learner: Learner, position: Position) -> None:
-        """Called after every step on every worker; writes a checkpoint when one is due."""
+    def due(self) -> bool:
+        """Whether it is time for a checkpoint: asked after every step on every worker, and the same answer to all."""
         due = self.workers.first and time.monotonic() - self.last >= self.seconds
-        if not self.workers.sum(float(due)):
-            return
+        return bool(self.workers.sum(float(due)))
+
+    def write(self, learner: Learner, position: Position) -> None:
+        """Writes a checkpoint, in the background once the tensors are copied; called on every worker."""
         self.last = time.monotonic()
         self.wait()
         target = self.folder / f"checkpoint-{position.step:08d}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,13 +16,15 @@ from chiasm_experiments.data.feed import Example, Feed
 from chiasm_experiments.data.mixture import Mixture
 from chiasm_experiments.data.order import Order
 from chiasm_experiments.training.checkpoint import Checkpoints, Learner, Position
+from chiasm_experiments.training.meter import Metrics
 from chiasm_experiments.training.optim import make_optimizer, make_schedule
 from chiasm_experiments.training.precision import autocast
+from chiasm_experiments.training.sight import NOTHING, Sight
 from chiasm_experiments.training.workers import Workers
 
-Metrics = dict[str, float]
 OnStep = Callable[[int, int, Metrics], None]
-"""Called on the first worker after each step with the step (from 1), the steps in all, and the metrics."""
+"""Called on the first worker with each step (from 1), the steps in all, and the metrics: in order, and on a GPU a
+little later than the step itself."""
 
 
 class DivergedError(ChiasmError):
@@ -54,11 +56,24 @@ def train_stage(
     on_step: OnStep,
     loader_workers: int = 0,
     checkpoints: Checkpoints | None = None,
+    sight: Sight = NOTHING,
 ) -> StageResult:
     """Trains the parts that a stage names, in place; goes on from its newest checkpoint where it has one.
 
     The loss of a step is the mean over its supervised tokens, whatever the micro-batch and the number of workers:
     every micro-batch contributes its sum divided by the count of the whole step, and gradients are added.
+
+    Args:
+        vlm: trained in place.
+        run: that the stage belongs to.
+        index: of the stage.
+        samples: of its data sets.
+        feed: makes batches.
+        workers: that train together.
+        on_step: told of each step.
+        loader_workers: processes that make samples ready.
+        checkpoints: of this stage; None: none are written.
+        sight: what is measured and traced.
 
     Raises:
         DivergedError: the loss is not finite.
@@ -78,9 +93,23 @@ def train_stage(
     learner = Learner(vlm, stage, optimizer, schedule)
     position = checkpoints.load(learner) if checkpoints else Position()
     spent, started = position.seconds, time.perf_counter()
+    meter = sight.meter(workers.device)
+
+    def report(finished: Iterable[tuple[int, Metrics]]) -> None:
+        for step, metrics in finished:
+            if not math.isfinite(metrics["loss"]):
+                raise DivergedError(
+                    f"stage {stage.name!r}: the loss is {metrics['loss']} at step {step} of {steps}; lower lr "
+                    f"({stage.lr}), lengthen the warm-up, or set clip_norm"
+                )
+            position.losses.append(metrics["loss"])
+            if workers.first:
+                on_step(step, steps, metrics)
+
     todo = range(position.step, steps)
-    for step, examples in zip(todo, _steps(order, todo, samples, feed, workers, loader_workers), strict=True):
-        before = time.perf_counter()
+    given = zip(todo, _steps(order, todo, samples, feed, workers, loader_workers), strict=True)
+    for step, examples in sight.traced(given, len(todo), workers.device):
+        meter.begin()
         tokens = int(workers.sum(sum(example.prompt.supervised for example in examples)))
         position.cut_positions += int(workers.sum(sum(example.prompt.cut for example in examples)))
         loss_sum = 0.0
@@ -93,26 +122,30 @@ def train_stage(
             loss_sum += float(loss.detach())
         workers.sum_gradients(trained)
         mean = workers.sum(loss_sum) / tokens
-        if not math.isfinite(mean):
-            raise DivergedError(
-                f"stage {stage.name!r}: the loss is {mean} at step {step + 1} of {steps}; lower lr ({stage.lr}), "
-                "lengthen the warm-up, or set clip_norm"
-            )
         rate = optimizer.param_groups[0]["lr"]
         norm = torch.nn.utils.clip_grad_norm_(trained, stage.clip_norm or math.inf)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
         position.step = step + 1
-        position.losses.append(mean)
         position.supervised_tokens += tokens
         position.seconds = spent + time.perf_counter() - started
-        if workers.first:
-            elapsed = time.perf_counter() - before
-            metrics = {"loss": mean, "lr": rate, "gradient_norm": float(norm), "tokens_per_second": tokens / elapsed}
-            on_step(step + 1, steps, metrics)
-        if checkpoints and step + 1 < steps:  # after the last step the whole stage is saved
-            checkpoints.step(learner, position)
+        meter.end(
+            step + 1,
+            loss=mean,
+            gradient_norm=norm,
+            lr=rate,
+            tokens=tokens,
+            samples=stage.batch_size,
+            positions=workers.sum(sum(len(example.prompt) for example in examples)),
+            flops=sight.needed(examples),
+        )
+        report(meter.ready())
+        # after the last step the whole stage is saved; a checkpoint claims no step whose metrics could be lost
+        if checkpoints and step + 1 < steps and checkpoints.due():
+            report(meter.flush())
+            checkpoints.write(learner, position)
+    report(meter.flush())
     losses = position.losses
     tail = losses[-max(1, len(losses) // 10) :]
     return StageResult(
