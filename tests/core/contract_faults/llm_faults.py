@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from chiasm.llm import LanguageModel
 from contract_faults._record import Recorder
-from contract_faults.llms import EOS, START, E, GoodLM, TiedLM
+from contract_faults.llms import EOS, START, E, GoodLM, PackingLM, TiedLM
 
 fault = Recorder("llm")
 
@@ -257,3 +257,39 @@ class TrainsUnderAnotherName(GoodLM):
 
     def trainable(self):
         return {name.removesuffix(".weight"): parameter for name, parameter in self.named_parameters()}
+
+
+@fault("packing", "gives a document other hidden states than forward gives it alone")
+class PacksWithoutDocuments(PackingLM):
+    """Positions start again, attention does not."""
+
+    def forward_packed(self, embeds_1TE, documents):
+        return self(embeds_1TE, None, documents.positions_1T)
+
+
+@fault("packing", "count positions from 0 in each")
+class PacksWithoutPositions(PackingLM):
+    """Attention stays within a document, whose positions go on from those before it."""
+
+    def forward_packed(self, embeds_1TE, documents):
+        places = torch.arange(embeds_1TE.shape[1]).unsqueeze(0)
+        lengths = list(documents.lengths)
+        parts = zip(torch.split(embeds_1TE, lengths, dim=1), torch.split(places, lengths, dim=1), strict=True)
+        return torch.cat([self(part, None, places) for part, places in parts], dim=1)
+
+
+@fault("packing", "lets a changed document change another's hidden states")
+class LeaksALittle(PackingLM):
+    """The mean of the row is taken off and put back."""
+
+    def forward_packed(self, embeds_1TE, documents):
+        mean = 1e-6 * embeds_1TE.mean(1, keepdim=True)
+        return super().forward_packed(embeds_1TE, documents) + mean
+
+
+@fault("packing", r"forward_packed returned \(10, 16\), declared \(1, T, E\)")
+class DropsTheRow(PackingLM):
+    """Without the first axis."""
+
+    def forward_packed(self, embeds_1TE, documents):
+        return super().forward_packed(embeds_1TE, documents)[0]

@@ -21,6 +21,7 @@ from chiasm.testing.errors import ContractError
 from chiasm.testing.generation_checks import GENERATION_CHECKS
 from chiasm.testing.model_checks import model_check
 from chiasm.testing.module_checks import module_checks
+from chiasm.testing.packing_checks import PACKING_CHECKS
 from chiasm.testing.plugin_checks import light
 from chiasm.testing.probe import Inputs, Probe, check_close
 from chiasm.testing.sequence_checks import check_input_gradient
@@ -372,6 +373,7 @@ CHECKS: tuple[Check, ...] = (
     causal,
     input_gradient,
     *GENERATION_CHECKS,
+    *PACKING_CHECKS,
     missing_checkpoint,
     *module_checks(_probe),
     model_check("llm", _model),
