@@ -130,7 +130,7 @@ def test_tokens_of_the_mixers(fusion, tokens):
     ],
 )
 def test_features_of_an_image_in_bfloat16(name, layers, megabytes):
-    cls, config = resolve("encoder", ComponentRef(name=name, options={"layers": layers}))
+    cls, config = resolve("encoder", ComponentRef.model_validate({"name": name, "layers": layers}))
     features = cls.spec(config).features
     assert 2 * features.layers * features.tokens * features.width / 1e6 == pytest.approx(megabytes, rel=0.012)
 
