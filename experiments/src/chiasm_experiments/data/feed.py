@@ -5,73 +5,53 @@ Shape letters: I views of all images of a sample or a batch, H and W pixels, L l
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from chiasm.batch import Batch, collate
+from chiasm.encoder import Encoder
 from chiasm.errors import ChiasmError
 from chiasm.features import Features
+from chiasm.image import normalise
 from chiasm.prompt import Prompt, PromptBuilder
 from chiasm.sample import ImageSource, Sample
 from chiasm.vlm import VLM
+from chiasm_experiments.data.features import FeatureMemo, FrozenFeatures, Wanted, join
+from chiasm_experiments.data.store import FeatureStore
+
+__all__ = ["Example", "FeatureMemo", "Feed"]
 
 
 @dataclass(slots=True)
 class Example:
-    """One sample made ready: its prompt, its images, and their pixels for each encoder where they were asked for."""
+    """One sample made ready: its prompt, its images, and what each encoder needs of them."""
 
     prompt: Prompt
     images: tuple[ImageSource, ...]
+    keys: tuple[str, ...] = ()
+    """Of the images' contents, where features are kept by content."""
     pixels: tuple[tuple[Tensor, ...], ...] = ()
-    """For each encoder the views of each image, `[V, 3, H, W]`; empty where the features are known already."""
-
-
-class FeatureMemo:
-    """Features of frozen encoders by encoder and image, the least recently used dropped beyond a size.
-
-    One memo may serve many runs of a process: keys hold the encoder's identity.
-
-    Args:
-        limit: bytes.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.bytes = 0
-        self._items: OrderedDict[tuple[str, str], Features] = OrderedDict()
-
-    def __contains__(self, key: tuple[str, str]) -> bool:
-        return key in self._items
-
-    def get(self, key: tuple[str, str]) -> Features:
-        """The features of one image's views, `[V, L, N, D]`."""
-        self._items.move_to_end(key)
-        return self._items[key]
-
-    def put(self, key: tuple[str, str], features: Features) -> None:
-        """Keeps the features of one image."""
-        if key in self._items:
-            return
-        self._items[key] = features
-        self.bytes += features.tokens.nbytes
-        while self.bytes > self.limit:
-            _, dropped = self._items.popitem(last=False)
-            self.bytes -= dropped.tokens.nbytes
+    """For each encoder the views of each image, `[V, 3, H, W]`, as `Feed.pixels` takes them; empty where the features
+    are known already."""
+    rows: tuple[dict[str, Tensor], ...] = ()
+    """For each encoder features that were read ahead, `[V, L, N, D]` by key."""
 
 
 class Feed:
     """Makes batches for one model.
 
     Args:
-        vlm: the model; its encoders preprocess views, and where they are frozen and a memo is given, encode them.
+        vlm: the model; its encoders preprocess views, and where they are frozen and features are kept, encode them.
         builder: writes prompts.
-        memo: where features of frozen encoders are kept, or None to give pixels.
-        identities: for each encoder a name that is equal only for equal weights, layers and preprocessing.
+        memo: where a process keeps features of frozen encoders; None: nowhere.
+        identities: for each encoder a name that is equal only for equal weights, layers and preprocessing; needed
+            where features are kept.
+        store: where a machine keeps features of frozen encoders; None: nowhere.
+        share: of the images that the store keeps, where not all fit.
     """
 
     def __init__(
@@ -80,13 +60,28 @@ class Feed:
         builder: PromptBuilder,
         memo: FeatureMemo | None = None,
         identities: Sequence[str] = (),
+        store: FeatureStore | None = None,
+        share: float = 1.0,
     ) -> None:
         self.vlm = vlm
         self.builder = builder
-        self.memo = memo
+        self.encoders: list[Encoder] = list(vlm.encoders)  # type: ignore[arg-type]
+        # an encoder with preprocessing of its own gives what it likes; all others' pixels travel as bytes
+        self.plain = [type(encoder).preprocess is Encoder.preprocess for encoder in self.encoders]
+        self.features: list[FrozenFeatures] = []
+        """For each encoder where its features come from; empty where the model encodes every image itself."""
+        if memo is None and store is None:
+            return
         # features of tiles fit no other way of cutting, even where one encoder's tile has another's size
         cut = f"{vlm.views.config.model_dump_json()}/{vlm.views.tile}"
-        self.identities = tuple(f"{identity}/{cut}" for identity in identities)
+        for k, (encoder, identity) in enumerate(zip(self.encoders, identities, strict=True)):
+            spec = encoder.geometry.features
+            name, shelf = f"{identity}/{cut}", None
+            if store is not None:
+                # the number format of what an encoder gives is that of what it is made of
+                dtype = next((p.dtype for p in encoder.parameters()), torch.float32)
+                shelf = store.shelf(name, (spec.layers, spec.tokens, spec.width), dtype, share)
+            self.features.append(FrozenFeatures(partial(self._encode, k), name, spec.grid, memo, shelf))
 
     def train(self, sample: Sample) -> Example:
         """A sample with its labels."""
@@ -97,69 +92,86 @@ class Feed:
         return self._example(sample, lambda sample, views: self.builder.ask(sample, reserve, views))
 
     def _example(self, sample: Sample, write: Callable[[Sample, Sequence[Sequence[int]]], Prompt]) -> Example:
-        known = self._known(sample.images)
-        if known is not None:
-            return Example(write(sample, [self.vlm.views.tokens(count) for count in known]), sample.images)
+        views = self.vlm.views
         try:
+            keys = tuple(image.key for image in sample.images) if self.features else ()
+            known = self._known(keys)
+            if known is not None:
+                return Example(write(sample, [views.tokens(count) for count in known]), sample.images, keys)
             images = [image.load() for image in sample.images]
         except ChiasmError as error:
             error.add_note(f"in sample {sample.id!r}")
             raise
         # before the pixels: a sample that does not fit costs no preprocessing
-        views = self.vlm.views
         prompt = write(sample, [views.tokens(views.count(image)) for image in images])
-        encoders: list[Any] = list(self.vlm.encoders)
-        pixels = tuple(tuple(views.pixels(image, encoder) for image in images) for encoder in encoders)
-        return Example(prompt, sample.images, pixels)
+        pixels = tuple(
+            tuple(views.bytes(image, encoder) if plain else views.pixels(image, encoder) for image in images)
+            for encoder, plain in zip(self.encoders, self.plain, strict=True)
+        )
+        return Example(prompt, sample.images, keys, pixels)
 
-    def _known(self, images: Sequence[ImageSource]) -> list[int] | None:
-        """How many views each image has, where the features of all are remembered."""
+    def _known(self, keys: Sequence[str]) -> list[int] | None:
+        """How many views each image has, where the features of all are known."""
         counts = []
-        for image in images:
-            if self.memo is None or any((identity, image.key) not in self.memo for identity in self.identities):
+        for key in keys:
+            views = [features.views(key) for features in self.features]
+            if views[0] is None or None in views:
                 return None
-            counts.append(len(self.memo.get((self.identities[0], image.key)).tokens))
-        return counts
+            counts.append(views[0])
+        return counts if self.features else None
+
+    def fetch(self, examples: Sequence[Example], *, pin: bool) -> None:
+        """Reads the known features of examples from the disk, so that `batch` finds them; for a thread to do ahead."""
+        for example in examples:
+            example.rows = ()
+        for features in self.features:
+            keys = [key for example in examples if not example.pixels for key in example.keys]
+            rows = features.fetch(keys, pin=pin)
+            for example in examples:
+                example.rows = (*example.rows, {key: rows[key] for key in example.keys if key in rows})
 
     def batch(self, examples: Sequence[Example], device: torch.device, *, generate: bool = False) -> Batch:
         """Examples as one batch on the device, padded on the left to generate."""
         prompts = [example.prompt for example in examples]
-        with_images = [example for example in examples if example.images]
-        vision: list[Tensor | Features] = []
-        if with_images:
-            for k in range(len(self.vlm.encoders)):
-                vision.append(
-                    self._pixels(with_images, k) if self.memo is None else self._features(with_images, k, device)
-                )
-        return collate(prompts, vision, pad="left" if generate else "right").to(device)
+        return collate(prompts, self.vision(examples, device), pad="left" if generate else "right").to(device)
 
-    @staticmethod
-    def _pixels(examples: Sequence[Example], k: int) -> Tensor:
-        return torch.cat([pixels for example in examples for pixels in example.pixels[k]])
+    def vision(self, examples: Sequence[Example], device: torch.device) -> list[Tensor | Features]:
+        """For each encoder the pixels or the features of all images of the examples, on the device."""
+        with_images = [example for example in examples if example.images]
+        if not with_images:
+            return []
+        if self.features:
+            return [self._features(with_images, k, device) for k in range(len(self.encoders))]
+        return [
+            self._pixels(k, join([pixels for example in with_images for pixels in example.pixels[k]], device))
+            for k in range(len(self.encoders))
+        ]
+
+    def flush(self) -> None:
+        """Waits until all features computed so far stand on the disk."""
+        for features in self.features:
+            features.flush()
 
     def _features(self, examples: Sequence[Example], k: int, device: torch.device) -> Features:
-        """Features of all images in order: remembered ones looked up, the others encoded in one batch."""
-        assert self.memo is not None
-        new: dict[str, Tensor] = {}
-        found: dict[str, Features] = {}
-        for example in examples:
-            for i, image in enumerate(example.images):
-                key = (self.identities[k], image.key)
-                if key in self.memo:
-                    found[image.key] = self.memo.get(key)
-                elif example.pixels:
-                    new.setdefault(image.key, example.pixels[k][i])
-                else:  # it was remembered when the example was made and has been dropped since
-                    new.setdefault(image.key, self._again(image, k))
-        if new:
-            with torch.no_grad():
-                encoded = self.vlm.encode(k, torch.cat(list(new.values())).to(device))
-            views = torch.split(encoded.tokens, [len(pixels) for pixels in new.values()])
-            for image_key, tokens_VLND in zip(new, views, strict=True):
-                found[image_key] = Features(tokens_VLND.clone(), encoded.grid)
-                self.memo.put((self.identities[k], image_key), found[image_key])
-        rows = [found[image.key] for example in examples for image in example.images]
-        return Features(torch.cat([row.tokens for row in rows]), rows[0].grid)
+        """Features of all images in order: known ones looked up, the others encoded in one batch."""
+        wanted = [
+            Wanted(key, example.rows[k].get(key) if example.rows else None, partial(self._views, example, i, k))
+            for example in examples
+            for i, key in enumerate(example.keys)
+        ]
+        return self.features[k].gather(wanted, device)
 
-    def _again(self, image: ImageSource, k: int) -> Tensor:
-        return self.vlm.views.pixels(image.load(), self.vlm.encoders[k])  # type: ignore[arg-type]
+    def _views(self, example: Example, i: int, k: int) -> Tensor:
+        """The views of an example's image for an encoder; drawn again where they were known and no longer are."""
+        if example.pixels:
+            return example.pixels[k][i]
+        image = example.images[i].load()
+        views, encoder = self.vlm.views, self.encoders[k]
+        return views.bytes(image, encoder) if self.plain[k] else views.pixels(image, encoder)
+
+    def _pixels(self, k: int, views_I3HW: Tensor) -> Tensor:
+        """Views as they travel to what the encoder takes."""
+        return normalise(views_I3HW, self.encoders[k].geometry.image) if self.plain[k] else views_I3HW
+
+    def _encode(self, k: int, views_I3HW: Tensor) -> Features:
+        return self.vlm.encode(k, self._pixels(k, views_I3HW))
