@@ -56,7 +56,7 @@ def answer(
     for first in range(0, len(samples), size):
         examples = [feed.ask(sample, max_new_tokens) for sample in samples[first : first + size]]
         with autocast(run, device):
-            batch = feed.batch(examples, device, generate=True)
+            batch = feed.batch(examples, device, pad="left")
             responses += [text.strip() for text in vlm.generate(batch, max_new_tokens=max_new_tokens)]
     return responses
 
