@@ -21,7 +21,7 @@ demo: install
 	$(BIN)/chiasm sweep experiments/studies/demo.yaml
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 lint: install
 	$(BIN)/ruff check $(SOURCES)

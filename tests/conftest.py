@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import pytest
@@ -17,6 +18,11 @@ from chiasm.llm import LanguageModel, LanguageModelConfig, LanguageModelSpec
 from chiasm.vlm import VLM
 
 BOS, EOS, TURN, END = 256, 257, 258, 259
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # the processes share the cores, and models as small as these only wait for each other's threads
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of what a test starts
 
 
 class ToyEncoder(Encoder):
