@@ -529,6 +529,18 @@ def test_provenance_is_from_the_manifests(report: Report) -> None:
     assert rows["time, evaluate"] == "27 min over 27 trials"
 
 
+def test_a_stage_that_trials_share_is_counted_once_in_the_total(tmp_path: Path) -> None:
+    folder = build(tmp_path / "study", {FUSION: ("single", "sum")}, control=None, images=5)
+    path = folder / "trials" / "t000" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    trials = [json.loads(file.read_text())["seconds"]["train"] for file in folder.glob("trials/*/manifest.json")]
+    manifest["seconds"]["shared"] = 300.0
+    path.write_text(json.dumps(manifest))
+    rows = {row.cells[0]: row.cells[1] for row in write_report(folder).tables[-1].rows}
+    assert rows["time, train"] == f"{round((sum(trials) - 300) / 60)} min over {len(trials)} trials"
+    assert rows["time saved by shared stages"] == "300 s"
+
+
 def test_mixed_revisions_are_warned_of(tmp_path: Path) -> None:
     folder = build(tmp_path / "study", {FUSION: ("single", "sum")}, control=None, images=5)
     path = folder / "trials" / "t000" / "manifest.json"

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
-from chiasm.config import load_run
+from chiasm.config import RunConfig, load_run
+from chiasm_experiments.data.llava import LlavaConfig, LlavaDataset
+from chiasm_experiments.data.mixture import load_mixture
+from chiasm_experiments.study.cells import make_cells, make_trials
+from chiasm_experiments.study.config import Study
+from chiasm_experiments.study.sharing import Sharing
+from chiasm_experiments.training import shared
 from chiasm_experiments.training.execution import Execution
 from chiasm_experiments.training.files import METRICS
+from chiasm_experiments.training.identity import stage_key
 from chiasm_experiments.training.local import evaluate_here
 from chiasm_experiments.training.run import Job, execute, load_run_folder
-from chiasm_experiments.training.shared import stage_folder
+from chiasm_experiments.training.shared import claim, refer, stage_folder
 from chiasm_experiments.training.workers import Workers
 
 ALONE = Workers(0, 1, torch.device("cpu"))
@@ -39,7 +54,7 @@ def make(tmp_path, monkeypatch):
     """A job of RUN whose second stage has a learning rate of its own, sharing what it can."""
     monkeypatch.setattr(Workers, "current", classmethod(lambda cls: ALONE))
 
-    def job(name, lr=1e-3, stages=1, **change) -> Job:
+    def job(name, lr=1e-3, common=1, **change) -> Job:
         run = RUN | change
         run["stages"] = [run["stages"][0], run["stages"][1] | {"lr": lr}]
         path = tmp_path / f"{name}.yaml"
@@ -48,7 +63,7 @@ def make(tmp_path, monkeypatch):
         folder.mkdir(parents=True, exist_ok=True)
         execution = Execution(stages_folder=tmp_path / "stages", checkpoint_seconds=0)
         values = load_run(path).model_dump(mode="json")
-        return Job(values, str(folder), {"trial": name, "study": None, "cell": {}}, execution, stages)
+        return Job(values, str(folder), {"trial": name, "study": None, "cell": {}}, execution, common)
 
     return job
 
@@ -66,10 +81,15 @@ def same(one, two):
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
+def steps(folder):
+    lines = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+    return [(line["stage"], line["step"], line["loss"]) for line in lines]
+
+
 def test_a_common_stage_is_trained_once_and_changes_no_result(make, tmp_path):
     first = execute(make("slow"), quiet)
     second = execute(make("fast", lr=1e-2), quiet)
-    alone = execute(make("alone", lr=1e-2, stages=0), quiet)
+    alone = execute(make("alone", lr=1e-2, common=0), quiet)
     assert [stage["shared"] for stage in first["stages"]] == [False, False]
     assert [stage["shared"] for stage in second["stages"]] == [True, False]
     assert first["seconds"]["shared"] == 0
@@ -84,17 +104,13 @@ def test_a_common_stage_is_trained_once_and_changes_no_result(make, tmp_path):
     assert not same(weights(trials / "fast", "finetune"), weights(trials / "slow", "finetune"))
     assert second["scores"] == alone["scores"]
 
-    def steps(name):
-        lines = [json.loads(line) for line in (trials / name / METRICS).read_text().splitlines()]
-        return [(line["stage"], line["step"], line["loss"]) for line in lines]
-
-    assert steps("fast") == steps("alone")
+    assert steps(trials / "fast") == steps(trials / "alone")
     assert [stage["name"] for stage in second["stages"]] == ["pretrain", "finetune"]
 
 
 def test_runs_that_differ_in_the_evaluation_alone_share_every_stage(make, tmp_path):
-    execute(make("few", stages=None), quiet)
-    more = execute(make("more", stages=None, evaluate={**WORLD, "size": 6}), quiet)
+    execute(make("few", common=None), quiet)
+    more = execute(make("more", common=None, evaluate={**WORLD, "size": 6}), quiet)
     assert [stage["shared"] for stage in more["stages"]] == [True, True]
     rows, scores = evaluate_here(tmp_path / "trials" / "more")
     assert len(rows) == 6
@@ -106,3 +122,221 @@ def test_runs_that_differ_in_the_evaluation_alone_share_every_stage(make, tmp_pa
     moved = load_run_folder(tmp_path / "study" / "trials" / "more")[1]
     held = weights(tmp_path / "study" / "trials" / "more", "finetune")
     assert torch.equal(moved.adapter.state_dict()["layers.0.weight"], held["adapter.layers.0.weight"])
+
+
+def test_a_run_that_dies_in_a_common_stage_is_taken_up_by_another(make, tmp_path):
+    class DiedError(Exception):
+        pass
+
+    def dies(what, step, *_):
+        if (what, step) == ("pretrain", 3):
+            raise DiedError
+
+    long = {"stages": [RUN["stages"][0] | {"steps": 5}, RUN["stages"][1]]}
+    with pytest.raises(DiedError):
+        execute(make("first", **long), dies)
+    seen = []
+    second = execute(make("second", lr=1e-2, **long), lambda what, step, *_: seen.append((what, step)))
+    assert [step for what, step in seen if what == "pretrain"] == [3, 4, 5]
+    assert second["stages"][0]["shared"] is False
+    execute(make("alone", lr=1e-2, common=0, **long), quiet)
+    trials = tmp_path / "trials"
+    assert same(weights(trials / "second", "pretrain"), weights(trials / "alone", "pretrain"))
+    assert steps(trials / "second") == steps(trials / "alone")
+    # the one that died finds the stage finished, by another
+    again = execute(make("first", **long), quiet)
+    assert [stage["shared"] for stage in again["stages"]] == [True, False]
+    assert not list((tmp_path / "stages").rglob("checkpoint-*"))
+
+
+def finish(folder) -> None:
+    """Leaves in a folder what a trained stage leaves."""
+    (folder / "parts.json").write_text("[]")
+
+
+def test_of_runs_that_start_at_once_one_trains(tmp_path, monkeypatch):
+    monkeypatch.setattr(shared, "POLL_SECONDS", 0.01)
+    trained, waited = [], []
+    start = threading.Barrier(4)
+
+    def run(name):
+        start.wait()
+        with claim(tmp_path, "key", ALONE, lambda: waited.append(name)) as stage:
+            if not stage.finished:
+                time.sleep(0.1)
+                trained.append(name)
+                finish(stage.folder)
+            stage.publish()
+        assert stage.folder == tmp_path / "key"
+
+    threads = [threading.Thread(target=run, args=(name,)) for name in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(trained) == 1
+    assert set(waited) == set(range(4)) - set(trained)
+    assert [path.name for path in tmp_path.glob("[!.]*")] == ["key"]
+
+
+HOLDER = """
+import fcntl, pathlib, platform, sys, time
+store = pathlib.Path(sys.argv[1])
+file = (store / ".key.lock").open("ab")
+fcntl.flock(file, fcntl.LOCK_EX)
+folder = store / f".key@{platform.node()}"
+folder.mkdir()
+(folder / "checkpoint-00000007").mkdir()
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_killed_run_leaves_its_work_to_the_one_that_waits(tmp_path, monkeypatch):
+    monkeypatch.setattr(shared, "POLL_SECONDS", 0.01)
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == b"held\n"
+    waits = []
+
+    def waiting():
+        waits.append(time.monotonic())
+        if len(waits) == 5:
+            holder.send_signal(signal.SIGKILL)
+            holder.wait()
+
+    with claim(tmp_path, "key", ALONE, waiting) as stage:
+        assert len(waits) >= 5
+        assert not stage.finished
+        assert (stage.folder / "checkpoint-00000007").is_dir()
+    holder.stdout.close()
+
+
+def test_a_folder_of_another_machine_is_taken_over_when_it_is_quiet(tmp_path, monkeypatch):
+    monkeypatch.setattr(shared, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(shared, "QUIET_SECONDS", 0.1)
+    other = tmp_path / ".key@elsewhere"
+    (other / "checkpoint-00000007").mkdir(parents=True)
+    with claim(tmp_path, "key", ALONE, lambda: None) as stage:
+        assert (stage.folder / "checkpoint-00000007").is_dir()
+        assert not other.exists()
+
+
+def test_where_locks_do_not_reach_both_train_and_the_first_result_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr(shared, "POLL_SECONDS", 0.01)
+    other = tmp_path / ".key@elsewhere"
+    other.mkdir()
+    finish(other)
+    with claim(tmp_path, "key", ALONE, lambda: os.utime(other)) as stage:
+        assert not stage.finished
+        finish(stage.folder)
+        (other / "by").write_text("the other")
+        other.rename(tmp_path / "key")
+        assert stage.publish() is False
+    assert (tmp_path / "key" / "by").read_text() == "the other"
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["key"]
+
+
+def test_without_any_locks_a_stage_is_trained_all_the_same(tmp_path, monkeypatch):
+    def refuses(*_):
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuses)
+    with claim(tmp_path, "key", ALONE, lambda: None) as stage:
+        assert stage.folder.name.endswith(f"-{os.getpid()}")
+        finish(stage.folder)
+        assert stage.publish()
+    with claim(tmp_path, "key", ALONE, lambda: None) as stage:
+        assert stage.finished
+
+
+ENVIRONMENT = {"packages": {"torch": "1"}, "plugins": {"mine": "1"}, "git_revision": "a", "gpu": "x"}
+
+
+def key(values, index=0, dtype=torch.float32, parts=(), **environment_):
+    run = RunConfig.model_validate(values)
+    mixtures = [load_mixture(stage.data) for stage in run.stages]
+    return stage_key(run, index, mixtures, dtype, ENVIRONMENT | environment_, parts)
+
+
+def changed(*path, value):
+    values = json.loads(json.dumps(RUN))
+    node = values
+    for part in path[:-1]:
+        node = node[part]
+    node[path[-1]] = value
+    return values
+
+
+def test_the_key_holds_what_the_result_depends_on_and_nothing_else():
+    mine = key(RUN)
+    assert key(changed("evaluate", value=[])) == mine
+    assert key(changed("stages", 1, "lr", value=1.0)) == mine
+    assert key(changed("stages", 0, "micro_batch_size", value=1)) == mine
+    assert key(RUN, gpu="y") == mine
+    others = [
+        key(RUN, index=1),
+        key(RUN, dtype=torch.bfloat16),
+        key(RUN, packages={"torch": "2"}),
+        key(RUN, plugins={"mine": "2"}),
+        key(RUN, git_revision="b"),
+        key(changed("seed", value=1)),
+        key(changed("system", value="x")),
+        key(changed("llm", "shape", "depth", value=2)),
+        key(changed("tokens", value={"turns": "template"})),
+        key(changed("vision", "adapter", value="linear")),
+        key(changed("vision", "encoders", 0, "layers", value=-1)),
+        key(changed("vision", "image", value={"resize": "squash"})),
+        key(changed("stages", 0, "lr", value=1.0)),
+        key(changed("stages", 0, "data", "size", value=9)),
+    ]
+    assert len({mine, *others}) == 1 + len(others)
+    # in bfloat16 a random part that a later stage trains is kept more finely; in float32 it makes no difference
+    frozen = changed("stages", 1, "train", value=["adapter"])
+    assert key(frozen, parts=["llm"]) == key(RUN, parts=["llm"])
+    assert key(frozen, dtype=torch.bfloat16, parts=["llm"]) != key(RUN, dtype=torch.bfloat16, parts=["llm"])
+
+
+def test_the_key_holds_the_content_of_files(tmp_path):
+    data = LlavaDataset.tiny()
+    config = LlavaConfig(file=data.config.file)
+    before = LlavaDataset(config).identity()
+    assert LlavaDataset(config).identity() == before
+    content = config.file.read_text()
+    config.file.write_text(content.replace("Red", "Rot"))
+    assert LlavaDataset(config).identity() != before
+    config.file.write_text(content)
+    assert LlavaDataset(config).identity() == before
+
+    weights_file = tmp_path / "model" / "model.safetensors"
+    weights_file.parent.mkdir()
+    weights_file.write_bytes(b"1")
+    values = changed("llm", value={"name": "causal", "pretrained": str(tmp_path / "model")})
+    first = key(values)
+    assert key(values) == first
+    os.utime(weights_file, ns=(1, 1))
+    assert key(values) != first
+
+
+def test_trials_that_would_wait_are_started_later(tmp_path):
+    run = json.loads(json.dumps(RUN))
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+    study = {
+        "name": "s",
+        "base": "run.yaml",
+        "factors": {"vision.adapter": ["mlp", "linear"], "stages.finetune.lr": [1e-3, 1e-2]},
+        "seeds": [0, 1],
+    }
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
+    loaded = Study(tmp_path / "study.yaml")
+    trials = make_trials(loaded, make_cells(loaded))
+    sharing = Sharing(trials, tmp_path / "trials")
+    names = [trial.name for trial in trials]  # mlp slow, mlp fast, linear slow, linear fast; then seed 1
+    assert set(sharing.common.values()) == {1}
+    assert [sharing.would_wait(name, [names[0]]) for name in names] == [False, True] + [False] * 6
+    assert [sharing.would_wait(name, [names[0], names[6]]) for name in names[1:]] == [True, *[False] * 5, True]
+    done = tmp_path / "stages" / "key"
+    done.mkdir(parents=True)
+    finish(done)
+    refer(tmp_path / "trials" / names[0] / "stages" / "pretrain", "key", done)
+    assert not any(sharing.would_wait(name, [names[0]]) for name in names)

@@ -20,10 +20,15 @@ def provenance_table(study: Study) -> Table:
     rows = [Row(("study", study.name)), Row(("design", study.design))]
     rows += [Row((f"factor {path}", ", ".join(labels))) for path, labels in study.factors.items()]
     rows.append(Row(("seeds", ", ".join(map(str, study.seeds)) or fmt.MISSING)))
+    # what a stage cost that another trial trained is part of a trial's training, and was spent once
+    saved = sum(trial.seconds.get("shared", 0.0) for trial in study.complete)
     for phase in ("train", "evaluate", "total"):
         spent = [trial.seconds[phase] for trial in study.complete if phase in trial.seconds]
         if spent:
-            rows.append(Row((f"time, {phase}", f"{fmt.duration(sum(spent))} over {fmt.number(len(spent), 'trial')}")))
+            total = fmt.duration(sum(spent) - (saved if phase == "train" else 0))
+            rows.append(Row((f"time, {phase}", f"{total} over {fmt.number(len(spent), 'trial')}")))
+    if saved:
+        rows.append(Row(("time saved by shared stages", fmt.duration(saved))))
     rows += [Row((name, value)) for name, value in _environment(study.complete)]
     return Table("Provenance", (Column("what"), Column("value")), tuple(rows))
 

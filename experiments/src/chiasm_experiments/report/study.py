@@ -29,7 +29,7 @@ class Trial:
 
     Args:
         folder: where the trial's files are.
-        seconds: wall clock by phase (`train`, `evaluate`, `total`).
+        seconds: wall clock by phase (`train`, `evaluate`, `total`); `shared` is what of `train` another trial spent.
         environment: versions, git revision, command and the like, as written.
     """
 
