@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from chiasm.features import FeatureSpec
+from chiasm_adapters._compiled import compiled_on_gpu
 from chiasm_adapters._geometry import layers_to_channels
 
 
@@ -42,7 +43,7 @@ class LayerProjections(nn.Module):
         self.scalars = nn.Parameter(torch.full((layers,), 1 / layers)) if layer_scalars else None
 
     def forward(self, tokens_BLND: Tensor) -> Tensor:
-        layers, width = self.norm_weight.shape
+        layers = len(self.norm_weight)
         scalars_L = self.weight.new_full((layers,), 1 / layers) if self.scalars is None else self.scalars
         scale_C = (scalars_L.unsqueeze(1) * self.norm_weight).flatten()
         shift_C = (scalars_L.unsqueeze(1) * self.norm_bias).flatten()
@@ -51,10 +52,10 @@ class LayerProjections(nn.Module):
         # autocast would normalise in float32, and move twice the bytes, for a product that rounds to its dtype anyway;
         # the statistics are float32 in any case
         with torch.autocast(device, enabled=False):
-            normal_BNC = layers_to_channels(F.layer_norm(tokens_BLND, (width,), eps=1e-5))
+            normal_BNC = _normalise(tokens_BLND, dtype or tokens_BLND.dtype)
             offset_E = None if self.bias is None else scalars_L @ self.bias
             out_BNE: Tensor = _FoldedProduct.apply(  # type: ignore[no-untyped-call]
-                normal_BNC if dtype is None else normal_BNC.to(dtype), self.weight, scale_C, shift_C, offset_E, dtype
+                normal_BNC, self.weight, scale_C, shift_C, offset_E, dtype
             )
         return out_BNE
 
@@ -70,7 +71,7 @@ class _FoldedProduct(torch.autograd.Function):
     """`x (W g)^T + W c + b`: x `[B, N, C]`, W `[E, C]`, g and c `[C]`, b `[E]` or None to `[B, N, E]`.
 
     As separate operations, the backward pass would move the gradient of the weight, which at 24 layers is as large as
-    the features, again and again; here it is multiplied twice, in one buffer.
+    the features, again and again; here one pass makes both of what it gives.
     """
 
     @staticmethod
@@ -103,12 +104,24 @@ class _FoldedProduct(torch.autograd.Function):
                 grad_shift = sum_E @ weight_EC
             if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
                 grad_folded_EC = grad_BNE.flatten(0, 1).T @ x_BNC.flatten(0, 1)
-                product_EC = grad_folded_EC * weight_EC
-                if ctx.needs_input_grad[2]:
-                    grad_scale = product_EC.sum(0)
-                if ctx.needs_input_grad[1]:  # in the place of the product, which is as large
-                    grad_weight = torch.mul(grad_folded_EC, scale_C, out=product_EC).addcmul_(sum_E[:, None], shift_C)
+                grad_weight, grad_scale = _unfold(grad_folded_EC, weight_EC, scale_C, shift_C, sum_E)
         return grad_x, grad_weight, grad_scale, grad_shift, sum_E if ctx.needs_input_grad[4] else None, None
+
+
+@compiled_on_gpu
+def _normalise(tokens_BLND: Tensor, dtype: torch.dtype) -> Tensor:
+    """Every layer's LN without its affine map, side by side: `[B, L, N, D]` to `[B, N, C]` in a dtype."""
+    normal_BLND = F.layer_norm(tokens_BLND, tokens_BLND.shape[-1:], eps=1e-5)
+    return layers_to_channels(normal_BLND).to(dtype).contiguous()
+
+
+@compiled_on_gpu
+def _unfold(
+    grad_EC: Tensor, weight_EC: Tensor, scale_C: Tensor, shift_C: Tensor, sum_E: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradients of W and g from that of `W g`, and what the constant `W c` adds."""
+    grad_weight_EC = grad_EC * scale_C + sum_E[:, None] * shift_C
+    return grad_weight_EC, (grad_EC * weight_EC).sum(0)
 
 
 def _fold(weight_EC: Tensor, scale_C: Tensor, dtype: torch.dtype | None) -> Tensor:

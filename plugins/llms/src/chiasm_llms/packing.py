@@ -111,7 +111,7 @@ def _one(
 def _separates(model: PreTrainedModel) -> bool:
     """Whether two documents in one row have the hidden states that each has alone."""
     decoder, table = model.get_decoder(), model.get_input_embeddings().weight
-    rows = torch.randperm(len(table), generator=torch.Generator().manual_seed(0))[:6]
+    rows = torch.randperm(len(table), generator=torch.Generator().manual_seed(0), device="cpu")[:6]
     embeds_1TE = table[rows.to(table.device)].unsqueeze(0)
     training = model.training
     model.eval()
