@@ -6,7 +6,7 @@ Shape letters: P documents and one more, T positions of the row.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,4 +38,8 @@ class Documents:
     def to(self, device: torch.device | str) -> Documents:
         """The same documents on a device."""
         bounds_P, positions_1T = (x.to(device, non_blocking=True) for x in (self.bounds_P, self.positions_1T))
-        return Documents(self.lengths, bounds_P, positions_1T, self.longest)
+        return replace(self, bounds_P=bounds_P, positions_1T=positions_1T)
+
+    def pinned(self) -> Documents:
+        """The same documents in pinned memory."""
+        return replace(self, bounds_P=self.bounds_P.pin_memory(), positions_1T=self.positions_1T.pin_memory())
