@@ -33,14 +33,19 @@ def chiasm_commands(cli: click.Group) -> None:
 
 @hookspec
 def chiasm_run_started(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """A run is about to train; `manifest` holds its whole configuration and what is frozen."""
+    """A run is about to train, or to go on; `manifest` holds its trial, its whole configuration and what is frozen."""
 
 
 @hookspec
 def chiasm_metrics(folder: Path, stage: str, step: int, metrics: Mapping[str, float]) -> None:
-    """Metrics of one optimiser step of a stage (loss, tokens/s, ...), from rank 0."""
+    """Metrics of one optimiser step of a stage (loss, tokens/s, ...), from rank 0; a run that goes on repeats some."""
+
+
+@hookspec
+def chiasm_stage_ended(folder: Path, stage: str, result: Mapping[str, Any]) -> None:
+    """A stage is trained, or was found finished; `result` holds what it cost and came to."""
 
 
 @hookspec
 def chiasm_run_ended(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """A run has ended; `manifest` holds its status, cost and scores."""
+    """A run has ended; `manifest` holds its status, `complete` with cost and scores or `failed` with its error."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -54,12 +54,12 @@ class Poster:
         self.trial = trial
         self.posted = 0.0
 
-    def __call__(self, what: str, step: int, steps: int, loss: float) -> None:
+    def __call__(self, what: str, step: int, steps: int, metrics: Mapping[str, float]) -> None:
         """Takes what `Progress` is told."""
         now = time.monotonic()
         if self.board is not None and now - self.posted > 1:
             self.posted = now
-            loss_text = "" if loss != loss else f" loss {loss:.3f}"
+            loss_text = f" loss {metrics['loss']:.3f}" if metrics else ""
             self.board.post.remote(self.trial, f"{what} {step}/{steps}{loss_text}")
 
 

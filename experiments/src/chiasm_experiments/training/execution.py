@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field, NonNegativeInt, ValidationError
+from pydantic import Field, NonNegativeInt, ValidationError, field_validator
 
 from chiasm.errors import ConfigError
 from chiasm.settings import FilePath, Settings
 
 Choice = Literal["auto", "on", "off"]
+Logger = Literal["tensorboard", "mlflow", "wandb"]
 
 
 class Execution(Settings):
@@ -41,8 +42,18 @@ class Execution(Settings):
     stages_folder: FilePath | None = None
     """Results of stages, shared with all runs that name the same folder; a stage whose model, data and settings are
     equal is trained once. null: a study shares in its own folder what its trials have in common."""
+    loggers: Literal["auto"] | tuple[Logger, ...] = "auto"
+    """Who is told the metrics of every step, beside metrics.jsonl. auto: tensorboard, mlflow where MLFLOW_TRACKING_URI
+    is set, and wandb where WANDB_PROJECT is. On the command line with commas, `none` for nobody."""
     profile: int = Field(default=0, ge=0)
     """Steps of the first stage to trace with torch's profiler, after its first few; 0: none."""
+
+    @field_validator("loggers", mode="before")
+    @classmethod
+    def _words(cls, value: Any) -> Any:
+        if isinstance(value, str) and value != "auto":
+            return [] if value == "none" else value.split(",")
+        return value
 
     def loaders(self, device: torch.device) -> int:
         """The number of loader processes beside a device."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,8 +11,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from chiasm.plugin import hookimpl
+from chiasm.registry import registry
 from chiasm.sample import ImageFile, Sample, Turn
 from chiasm_experiments.evaluation import Row, answer, evaluate, load_benchmarks, scores
+from chiasm_experiments.training.meter import Metrics
+from chiasm_experiments.training.overview import overview_text
 from chiasm_experiments.training.precision import place
 from chiasm_experiments.training.run import Job, execute, load_run_folder, make_feed
 from chiasm_experiments.training.workers import Workers
@@ -52,18 +58,57 @@ def _device() -> torch.device:
 
 
 def _loop(config: dict[str, Any]) -> dict[str, Any]:
-    bars: dict[str, tqdm[Any]] = {}
-
-    def progress(what: str, step: int, steps: int, loss: float) -> None:
-        if what not in bars:
-            for bar in bars.values():
-                bar.close()
-            bars[what] = tqdm(total=steps, desc=what, unit="step", disable=config["quiet"] or None)
-        bars[what].n = step
-        bars[what].set_postfix_str("" if loss != loss else f"loss {loss:.3f}", refresh=True)
-
+    job = Job(**config["job"])
+    if config["quiet"]:
+        return execute(job, lambda what, step, steps, metrics: None)
+    plugins, table, bars = registry().plugins, _Table(), Bars()
+    plugins.register(table)
     try:
-        return execute(Job(**config["job"]), progress)
+        return execute(job, bars)
     finally:
-        for bar in bars.values():
-            bar.close()
+        plugins.unregister(table)
+        bars.close()
+
+
+class _Table:
+    """Prints what each stage trains when the run begins."""
+
+    @hookimpl
+    def chiasm_run_started(self, manifest: Mapping[str, Any]) -> None:
+        """Before the first bar."""
+        tqdm.write(overview_text(manifest["training"]), file=sys.stderr)
+
+
+class Bars:
+    """A progress bar for each stage and the evaluation, one at a time; none where nobody looks at a terminal."""
+
+    def __init__(self) -> None:
+        self.what = ""
+        self.bar: tqdm[Any] | None = None
+
+    def __call__(self, what: str, step: int, steps: int, metrics: Metrics) -> None:
+        """Takes what `Progress` is told."""
+        if self.bar is None or what != self.what:
+            self.close()
+            self.what = what
+            # a stage that is taken up is not faster for the steps that an earlier process took
+            self.bar = tqdm(total=steps, initial=max(0, step - 1), desc=what, unit="step", disable=None)
+        self.bar.set_postfix_str(postfix(metrics), refresh=False)
+        self.bar.update(step - self.bar.n)
+
+    def close(self) -> None:
+        """Ends the bar that is shown."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+def postfix(metrics: Metrics) -> str:
+    """A step's metrics in a few words: `loss 2.310, 5.2k tok/s, MFU 41%, data 3%, 12.1 GiB`."""
+    if not metrics:
+        return ""
+    rate = metrics["tokens_per_second"]
+    words = [f"loss {metrics['loss']:.3f}", f"{rate / 1000:.1f}k tok/s" if rate >= 1000 else f"{rate:.0f} tok/s"]
+    if "model_flop_utilisation" in metrics:
+        words.append(f"MFU {metrics['model_flop_utilisation']:.0%}")
+    return ", ".join([*words, f"data {metrics['data_wait']:.0%}", f"{metrics['peak_memory_bytes'] / 2**30:.1f} GiB"])

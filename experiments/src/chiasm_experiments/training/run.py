@@ -14,11 +14,11 @@ from chiasm.build import build_vlm
 from chiasm.config import RunConfig
 from chiasm.errors import ConfigError
 from chiasm.prompt import PromptBuilder
-from chiasm.registry import registry
 from chiasm.vlm import VLM
 from chiasm_experiments.data.feed import FeatureMemo, Feed
 from chiasm_experiments.data.mixture import load_mixture
 from chiasm_experiments.evaluation import evaluate, load_benchmarks, scores, write_rows
+from chiasm_experiments.loggers import Listeners, chosen
 from chiasm_experiments.training import environment
 from chiasm_experiments.training.cache import WarmParts
 from chiasm_experiments.training.execution import Execution
@@ -30,6 +30,7 @@ from chiasm_experiments.training.files import (
     read_json,
     write_json,
 )
+from chiasm_experiments.training.overview import overview
 from chiasm_experiments.training.precision import place
 from chiasm_experiments.training.shared import stage_folder
 from chiasm_experiments.training.stage import check_stage
@@ -83,10 +84,19 @@ def execute(job: Job, progress: Progress, warm: WarmParts | None = None) -> dict
         ChiasmError: data or weights cannot be used.
     """
     workers = Workers.current()
-    run, folder = RunConfig.model_validate(job.run), Path(job.folder)
-    manifest = _earlier(run, folder)
+    run = RunConfig.model_validate(job.run)
+    manifest = _earlier(run, Path(job.folder))
     if manifest is not None:
         return manifest
+    loggers = job.execution.loggers
+    with Listeners(chosen(loggers) if workers.first else (), asked=loggers != "auto") as listeners:
+        return _execute(job, run, workers, progress, warm, listeners)
+
+
+def _execute(
+    job: Job, run: RunConfig, workers: Workers, progress: Progress, warm: WarmParts | None, listeners: Listeners
+) -> dict[str, Any]:
+    folder = Path(job.folder)
     if workers.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(workers.device)
     started = time.perf_counter()
@@ -101,12 +111,14 @@ def execute(job: Job, progress: Progress, warm: WarmParts | None = None) -> dict
         check_stage(stage, feed, mixture)
     benchmarks = load_benchmarks(run.evaluate)
     manifest = _begin(job, run, vlm, workers)
+    if workers.first:
+        listeners.tell("chiasm_run_started", folder=folder, manifest=manifest)
     loaded = time.perf_counter()
-    stages = Stages(job, run, vlm, mixtures, feed, workers, progress, manifest["environment"]).train()
+    stages = Stages(job, run, vlm, mixtures, feed, workers, progress, listeners, manifest["environment"]).train()
     trained = time.perf_counter()
 
     if workers.first:
-        progress("evaluate", 0, 1, float("nan"))
+        progress("evaluate", 0, 1, {})
     rows = evaluate(vlm, run, feed, benchmarks, workers)
     ended = time.perf_counter()
     manifest |= {
@@ -125,7 +137,7 @@ def execute(job: Job, progress: Progress, warm: WarmParts | None = None) -> dict
     if workers.first:
         write_rows(folder / QUESTIONS, rows)
         write_json(folder / MANIFEST, manifest)  # last: a folder with a complete manifest has everything
-        registry().plugins.hook.chiasm_run_ended(folder=folder, manifest=manifest)
+        listeners.tell("chiasm_run_ended", folder=folder, manifest=manifest)
     workers.barrier()
     return manifest
 
@@ -179,6 +191,7 @@ def _begin(job: Job, run: RunConfig, vlm: VLM, workers: Workers) -> dict[str, An
         "run": run.model_dump(mode="json"),
         "workers": workers.size,
         "visual_tokens": vlm.views.most_tokens,
+        "training": overview(vlm, run, workers.device),
         "parameters": {
             "trained": sum(count.trained for count in counts),
             "frozen": sum(count.frozen for count in counts),
@@ -190,5 +203,4 @@ def _begin(job: Job, run: RunConfig, vlm: VLM, workers: Workers) -> dict[str, An
         folder = Path(job.folder)
         write_json(folder / RUN, run.model_dump(mode="json"))
         write_json(folder / MANIFEST, manifest)
-        registry().plugins.hook.chiasm_run_started(folder=folder, manifest=manifest)
     return manifest

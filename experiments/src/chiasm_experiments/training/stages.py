@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chiasm.config import Part, RunConfig, resolve
-from chiasm.registry import registry
 from chiasm.vlm import VLM
 from chiasm_experiments.data.feed import Feed
 from chiasm_experiments.data.mixture import Mixture
+from chiasm_experiments.loggers import Listeners
 from chiasm_experiments.training.checkpoint import Checkpoints
 from chiasm_experiments.training.files import (
     METRICS,
@@ -25,16 +25,19 @@ from chiasm_experiments.training.files import (
     write_json,
 )
 from chiasm_experiments.training.identity import stage_key
+from chiasm_experiments.training.meter import Metrics
+from chiasm_experiments.training.operations import ModelOperations, device_peak
 from chiasm_experiments.training.precision import compute_dtype
 from chiasm_experiments.training.shared import Claim, claim, refer, stage_folder
+from chiasm_experiments.training.sight import Sight
 from chiasm_experiments.training.stage import train_stage
 from chiasm_experiments.training.workers import Workers
 
 if TYPE_CHECKING:
     from chiasm_experiments.training.run import Job
 
-Progress = Callable[[str, int, int, float], None]
-"""Told on the first worker: what is done (a stage's name or `evaluate`), the step, the steps in all, the loss."""
+Progress = Callable[[str, int, int, Metrics], None]
+"""Told on the first worker: what is done (a stage's name or `evaluate`), the step, the steps in all, its metrics."""
 
 RESULT = "result.json"
 
@@ -51,6 +54,7 @@ class Stages:
         feed: makes batches.
         workers: this worker among all.
         progress: told of every step.
+        listeners: told of every step, too.
         environment: versions, which a shared result's key holds.
     """
 
@@ -61,6 +65,7 @@ class Stages:
     feed: Feed
     workers: Workers
     progress: Progress
+    listeners: Listeners
     environment: dict[str, Any]
 
     def train(self) -> list[dict[str, Any]]:
@@ -79,14 +84,18 @@ class Stages:
         else:
             result = self._shared(index, own, store, log)
         # told by the result, not by what this process did: a run that was killed later has trained it all the same
-        return result | {"shared": result.get("trained_by", job.folder) != job.folder}
+        result |= {"shared": result.get("trained_by", job.folder) != job.folder}
+        if self.workers.first:
+            folder = Path(job.folder)
+            self.listeners.tell("chiasm_stage_ended", folder=folder, stage=result["name"], result=result)
+        return result
 
     def _shared(self, index: int, own: Path, store: Path, log: MetricsLog | None) -> dict[str, Any]:
         """A stage that other runs have too: trained by one of them, and found by all others."""
         name, parts = self.run.stages[index].name, sorted(random_parts(self.run))
         dtype = compute_dtype(self.run, self.workers.device)
         key = stage_key(self.run, index, self.mixtures, dtype, self.environment, parts)
-        waiting = partial(self.progress, f"{name} (another run trains it)", 0, 1, float("nan"))
+        waiting = partial(self.progress, f"{name} (another run trains it)", 0, 1, {})
         with claim(store, key, self.workers, waiting) as stage:
             trained = not stage.finished
             if trained:
@@ -108,20 +117,29 @@ class Stages:
                 log.take(stage.name, folder / METRICS)  # the steps of a run that died
                 logs.append(files.enter_context(MetricsLog(folder / METRICS)))
 
-            def on_step(step: int, steps: int, metrics: dict[str, float]) -> None:
+            def on_step(step: int, steps: int, metrics: Metrics) -> None:
                 for file in logs:
                     file.write(stage.name, step, metrics)
                 if shared is not None:
                     shared.alive()
-                self.progress(stage.name, step, steps, metrics["loss"])
-                hook = registry().plugins.hook
-                hook.chiasm_metrics(folder=Path(job.folder), stage=stage.name, step=step, metrics=metrics)
+                self.progress(stage.name, step, steps, metrics)
+                values = {"folder": Path(job.folder), "stage": stage.name, "step": step, "metrics": metrics}
+                self.listeners.tell("chiasm_metrics", **values)
 
             checkpoints = Checkpoints(folder, workers, job.execution.checkpoint_seconds)
             files.callback(checkpoints.close)
             loaders = job.execution.loaders(workers.device)
             ended = train_stage(
-                self.vlm, self.run, index, self.mixtures[index], self.feed, workers, on_step, loaders, checkpoints
+                self.vlm,
+                self.run,
+                index,
+                self.mixtures[index],
+                self.feed,
+                workers,
+                on_step,
+                loaders,
+                checkpoints,
+                sight=self._sight(index),
             )
             result = {"name": stage.name, "train": list(stage.train), **asdict(ended)}
             result["trained_by"] = job.folder
@@ -131,6 +149,13 @@ class Stages:
             checkpoints.clear()
             workers.barrier()
         return result
+
+    def _sight(self, index: int) -> Sight:
+        """What is measured of a stage; the profile is of the first stage on the first worker."""
+        peak = device_peak(self.workers.device, compute_dtype(self.run, self.workers.device))
+        needed = ModelOperations(self.vlm, self.run, self.run.stages[index]) if peak else None
+        traced = self.job.execution.profile if index == 0 and self.workers.first else 0
+        return Sight(needed, peak, traced, Path(self.job.folder) / "profile")
 
     def _read(self, folder: Path) -> dict[str, Any]:
         """Reads a finished stage into the model."""
