@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -155,6 +157,27 @@ def test_memory_counts_weights_moments_and_what_is_kept():
     more = full.cost.stages["s"].gpu_bytes - frozen.cost.stages["s"].gpu_bytes
     wider = cls.activation_bytes(config, 80, trained=True) - cls.activation_bytes(config, 80, trained=False)
     assert more == (6 + 8 - 2) * sizes["llm"] + 4 * wider
+
+
+def test_workers_divide_the_weights_the_moments_and_the_gradients_of_the_language_model():
+    """Under FSDP2 a worker holds its share of each, all of the rest, and what it gathers at once."""
+    plan = plan_run(run_config(["adapter", "llm"]), SampleSize())
+    size, (stage,) = plan.parameters["llm"], plan.cost.stages.values()
+    # queries and output, keys and values of half the heads, the three matrices of the gated MLP
+    block = 96 * (2 * 96 + 2 * 48 + 3 * 160)
+    outside = size - 3 * block
+    assert 0 < outside < block
+    gathered = 2 * (2 * block + outside) + (2 + 4) * block
+    memory = stage.memory
+    assert memory.activations > memory.gradients + memory.llm_gradients
+    assert stage.worker_bytes(1) - stage.worker_bytes(4) == (4 + 2 + 8) * size - (4 + 8) * size // 4 - gathered
+    # where gradients are more than what is kept for them, they count, and each worker has its share of them
+    full = replace(memory, activations=0)
+    assert full.peak(1) - memory.peak(1) == memory.gradients + 4 * size - memory.activations
+    assert full.peak(4) - memory.peak(4) == memory.gradients + size - memory.activations
+    text = plans_as_text([("cell", plan)], SampleSize(), workers=4)
+    assert "each of 4 GPUs" in text
+    assert plan.summary(4)["gpu_bytes"] == {"s": stage.worker_bytes(4)}
 
 
 def test_the_table_names_what_works_what_does_not_and_what_is_too_large():

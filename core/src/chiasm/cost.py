@@ -51,15 +51,49 @@ class ConnectorCost:
 
 
 @dataclass(frozen=True, slots=True)
+class StageMemory:
+    """Bytes that a step holds on a GPU, computing in bfloat16."""
+
+    others: int
+    """Weights and moments of all but the language model."""
+    llm: int
+    """Its own weights and moments, bfloat16 copies left out."""
+    copies: int
+    """Of what it holds in float32, in bfloat16 to compute with."""
+    gathered: int
+    """Where its weights are spread over workers (FSDP2): what a worker gathers at once, in bfloat16. Two blocks, one of
+    them ahead, and what stands outside of the blocks; with their gradients on the way to the other workers."""
+    gradients: int
+    """Of all but the language model."""
+    llm_gradients: int
+    activations: int
+    """Kept of a micro-batch between forward and backward."""
+
+    def peak(self, workers: int = 1) -> int:
+        """Of each worker; the language model is spread over several. Gradients take the place of activations."""
+        llm = self.llm + self.copies if workers == 1 else -(-self.llm // workers) + self.gathered
+        return self.others + llm + max(self.activations, self.gradients + -(-self.llm_gradients // workers))
+
+
+@dataclass(frozen=True, slots=True)
 class StageCost:
     """What one stage takes."""
 
     flops: int
     """Of one sample, forward and backward."""
-    gpu_bytes: int | None
-    """Peak memory of a step on one GPU in bfloat16; None where the language model does not say what it keeps."""
+    memory: StageMemory | None
+    """Of a step; None where the language model does not say what it keeps."""
     micro_batch: int
     """Samples at once for which the memory holds."""
+
+    @property
+    def gpu_bytes(self) -> int | None:
+        """Peak memory of a step on one GPU in bfloat16."""
+        return self.worker_bytes(1)
+
+    def worker_bytes(self, workers: int) -> int | None:
+        """That of each of several workers under FSDP2."""
+        return None if self.memory is None else self.memory.peak(workers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +113,7 @@ class RunCost:
     """To answer: encoding, connecting, reading the prompt, and writing the answer with a key-value cache."""
     stages: dict[str, StageCost]
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self, workers: int = 1) -> dict[str, Any]:
         """As plain values, for `--json`."""
         return {
             "text_positions": self.sample.text,
@@ -92,7 +126,7 @@ class RunCost:
                 "inference": self.inference,
                 "train": {name: stage.flops for name, stage in self.stages.items()},
             },
-            "gpu_bytes": {name: stage.gpu_bytes for name, stage in self.stages.items()},
+            "gpu_bytes": {name: stage.worker_bytes(workers) for name, stage in self.stages.items()},
             "micro_batch": {name: stage.micro_batch for name, stage in self.stages.items()},
         }
 
@@ -131,7 +165,7 @@ def run_cost(
             kept += views * connector.saved_bytes + sample.answer * llm.vocabulary * LOGIT_BYTES
         stages[stage.name] = StageCost(
             flops=train_flops(stage, llm, positions, sample.answer, encode, connect),
-            gpu_bytes=None if kept is None else _train_bytes(run, stage, llm, parameters, kept),
+            memory=None if kept is None else stage_memory(run, stage, llm, parameters, kept),
             micro_batch=_micro_batch(stage),
         )
     return RunCost(sample, positions, encode, connect, forward, encode + connect + forward, stages)
@@ -200,16 +234,33 @@ def train_flops(
     return total
 
 
-def _train_bytes(
+def stage_memory(
     run: RunConfig, stage: StageConfig, llm: LanguageModelSpec, parameters: dict[Part, int], kept: int
-) -> int:
-    """Peak memory of a step: weights, moments, and what a micro-batch keeps or, where it is more, the gradients."""
-    learns = {**parameters, "llm": llm.trainable}
-    frozen = sum(count for part, count in parameters.items() if part != "llm" and part not in run.trained) * HALF
-    still = parameters["llm"] - (llm.trainable if "llm" in run.trained else 0)
+) -> StageMemory:
+    """The memory of a step with AdamW.
+
+    Args:
+        run: what any of its stages trains is float32 throughout, and computed with in a bfloat16 copy.
+        stage: of the run.
+        llm: the geometry of its language model.
+        parameters: of each part.
+        kept: bytes of one sample between forward and backward.
+    """
+    before: dict[Part, int] = {part: count for part, count in parameters.items() if part != "llm"}
+    others = sum(count * (FULL + HALF if part in run.trained else HALF) for part, count in before.items())
+    learning = sum(count for part, count in before.items() if part in stage.train)
+    full = llm.trainable if "llm" in run.trained else 0
+    still = parameters["llm"] - full
     packed = min(still, llm.matrix_parameters) if llm.matrix_bits else 0
-    frozen += (still - packed) * HALF + packed * (llm.matrix_bits or 0) // 8
-    # what any stage trains is float32 throughout, and computed with in a bfloat16 copy
-    held = sum(learns[part] for part in run.trained) * (FULL + HALF)
-    learning = sum(learns[part] for part in stage.train)
-    return frozen + held + learning * ADAM_BYTES + max(_micro_batch(stage) * kept, learning * FULL)
+    llm_learning = llm.trainable if "llm" in stage.train else 0
+    block, rest = llm.matrix_parameters // llm.depth, max(0, parameters["llm"] - llm.matrix_parameters)
+    sent = min(llm_learning, max(block, rest))
+    return StageMemory(
+        others=others + learning * ADAM_BYTES,
+        llm=(still - packed) * HALF + packed * (llm.matrix_bits or 0) // 8 + full * FULL + llm_learning * ADAM_BYTES,
+        copies=full * HALF,
+        gathered=(2 * block + rest) * HALF + sent * (HALF + FULL),
+        gradients=learning * FULL,
+        llm_gradients=llm_learning * FULL,
+        activations=_micro_batch(stage) * kept,
+    )

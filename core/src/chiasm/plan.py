@@ -41,8 +41,8 @@ class RunPlan:
     def valid(self) -> bool:
         return not self.problems
 
-    def summary(self) -> dict[str, Any]:
-        """The plan as plain values, for `--json`."""
+    def summary(self, workers: int = 1) -> dict[str, Any]:
+        """The plan as plain values, for `--json`; memory is that of each worker over which the LLM is spread."""
         return {
             "valid": self.valid,
             "problems": self.problems,
@@ -51,7 +51,7 @@ class RunPlan:
             "context_length": self.context_length,
             "parameters": dict(self.parameters),
             "trained": dict(self.trained),
-            **(self.cost.summary() if self.cost else {}),
+            **(self.cost.summary(workers) if self.cost else {}),
         }
 
 

@@ -19,12 +19,13 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON for a
 @click.option("--text", default=64, show_default=True, help="Positions of text in the sample that is costed.")
 @click.option("--answer", default=32, show_default=True, help="Those of its answer.")
 @click.option("--gpu-memory", type=float, help="GiB of the GPU; names the cells whose steps are to take more.")
+@click.option("--workers", default=1, show_default=True, help="GPUs that the language model is spread over (FSDP2).")
 @as_json
-def plan(file: Path, text: int, answer: int, gpu_memory: float | None, as_json: bool) -> None:
+def plan(file: Path, text: int, answer: int, gpu_memory: float | None, workers: int, as_json: bool) -> None:
     """Say what a RUN or STUDY file would do, without loading a weight.
 
     For each cell: whether its parts fit and why not, visual tokens of one image, parameters by part, operations of
-    one sample in training and to answer, and the peak memory of a step on one GPU. Exits with 1 if a cell cannot work.
+    one sample in training and to answer, and the peak memory of a step on a GPU. Exits with 1 if a cell cannot work.
     """
     from chiasm.config import load_run
     from chiasm.cost import SampleSize
@@ -44,10 +45,12 @@ def plan(file: Path, text: int, answer: int, gpu_memory: float | None, as_json: 
     else:
         plans, head = [(file.stem, plan_run(load_run(file), sample))], f"{file.name}: one run"
     if as_json:
-        click.echo(json.dumps({"cells": [{"label": label, **item.summary()} for label, item in plans]}, indent=2))
+        click.echo(
+            json.dumps({"cells": [{"label": label, **item.summary(workers)} for label, item in plans]}, indent=2)
+        )
     else:
         click.echo(head)
-        click.echo(plans_as_text(plans, sample, gpu_memory))
+        click.echo(plans_as_text(plans, sample, gpu_memory, workers))
     if not all(item.valid for _, item in plans):
         raise SystemExit(1)
 

@@ -10,26 +10,29 @@ from chiasm.plan import RunPlan
 GIB = 2**30
 
 
-def plans_as_text(plans: Sequence[tuple[str, RunPlan]], sample: SampleSize, gpu_memory: float | None = None) -> str:
+def plans_as_text(
+    plans: Sequence[tuple[str, RunPlan]], sample: SampleSize, gpu_memory: float | None = None, workers: int = 1
+) -> str:
     """A row for each cell that works, then why the others do not, then what the figures mean.
 
     Args:
         plans: the label and the plan of each cell.
         sample: what the costs are for.
         gpu_memory: GiB of a GPU; cells that are estimated to take more are named.
+        workers: over how many the language model is spread.
     """
     valid = [(label, plan) for label, plan in plans if plan.cost is not None]
-    lines = _table(valid) if valid else []
+    lines = _table(valid, workers) if valid else []
     for label, plan in plans:
         lines += [f"  {label}: CANNOT WORK: {problem}" for problem in plan.problems]
     if valid:
-        lines += ["", *_meaning(sample)]
+        lines += ["", *_meaning(sample, workers)]
     if gpu_memory is not None:
-        lines += _too_large(valid, gpu_memory)
+        lines += _too_large(valid, gpu_memory, workers)
     return "\n".join(lines)
 
 
-def _table(plans: Sequence[tuple[str, RunPlan]]) -> list[str]:
+def _table(plans: Sequence[tuple[str, RunPlan]], workers: int) -> list[str]:
     rows = [("cell", "visual tokens", "trained", "frozen", "GFLOP to train", "GFLOP to answer", "GiB of GPU")]
     for label, plan in plans:
         assert plan.cost is not None
@@ -37,7 +40,8 @@ def _table(plans: Sequence[tuple[str, RunPlan]]) -> list[str]:
         trained, total = sum(plan.trained.values()), sum(plan.parameters.values())
         stages = plan.cost.stages
         tokens = f"{plan.visual_tokens:,}" if plan.views[1] == 1 else f"{plan.visual_tokens:,} in {plan.views[1]} views"
-        memory = [None if stage.gpu_bytes is None else stage.gpu_bytes / GIB for stage in stages.values()]
+        needed = [stage.worker_bytes(workers) for stage in stages.values()]
+        memory = [None if amount is None else amount / GIB for amount in needed]
         rows.append(
             (
                 label,
@@ -57,23 +61,25 @@ def _table(plans: Sequence[tuple[str, RunPlan]]) -> list[str]:
     return lines
 
 
-def _meaning(sample: SampleSize) -> list[str]:
+def _meaning(sample: SampleSize, workers: int) -> list[str]:
+    gpu = "one GPU" if workers == 1 else f"each of {workers} GPUs (FSDP2)"
     return [
         f"  For a sample of one image with the most views it can have and {sample.text} positions of text, "
         f"{sample.answer} of them answered.",
-        "  To train: forward and backward of one sample, stage / stage. GiB: estimated peak of a step on one GPU in",
+        f"  To train: forward and backward of one sample, stage / stage. GiB: estimated peak of a step on {gpu} in",
         "  bfloat16 with AdamW, at each stage's micro-batch; without torch.compile, which takes less.",
     ]
 
 
-def _too_large(plans: Sequence[tuple[str, RunPlan]], gpu_memory: float) -> list[str]:
+def _too_large(plans: Sequence[tuple[str, RunPlan]], gpu_memory: float, workers: int) -> list[str]:
     lines = []
     for label, plan in plans:
         assert plan.cost is not None
         for name, stage in plan.cost.stages.items():
-            if stage.gpu_bytes is not None and stage.gpu_bytes > gpu_memory * GIB:
+            needed = stage.worker_bytes(workers)
+            if needed is not None and needed > gpu_memory * GIB:
                 lines.append(
-                    f"  {label}: stage {name} is estimated to take {stage.gpu_bytes / GIB:.1f} GiB with micro-batches "
+                    f"  {label}: stage {name} is estimated to take {needed / GIB:.1f} GiB with micro-batches "
                     f"of {stage.micro_batch}, the GPU has {gpu_memory:g}; lower micro_batch_size or train less"
                 )
     return lines
