@@ -13,6 +13,8 @@ from typing import Any, ClassVar, Literal, Self, TypedDict
 from torch import Tensor, nn
 
 from chiasm.documents import Documents
+from chiasm.errors import ConfigError
+from chiasm.recompute import recompute
 from chiasm.settings import Settings, Source
 
 FIXED_LLM = (
@@ -153,6 +155,19 @@ class LanguageModel(nn.Module, ABC):
     def blocks(self) -> Sequence[nn.Module]:
         """The blocks in order, each called as a module: sharded over workers one by one. Empty: cannot be sharded."""
         return ()
+
+    def checkpoint_activations(self, on: bool) -> None:
+        """Computes each block again in the backward pass, instead of keeping what it computes; gradients are the same.
+
+        Raises:
+            ConfigError: the model says of no module that it is a block.
+        """
+        if on and not self.blocks:
+            raise ConfigError(
+                f"{type(self).__name__} names no blocks to compute again; set activation_checkpointing=off"
+            )
+        for block in self.blocks:
+            recompute(block, on)
 
     # text
 

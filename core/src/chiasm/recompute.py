@@ -1,0 +1,34 @@
+"""Activation checkpointing: a module's inner results are computed again in the backward pass and not kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+class _Recomputed(nn.Module):
+    recomputed: bool
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.recomputed and torch.is_grad_enabled():
+            return checkpoint(super().__call__, *args, use_reentrant=False, **kwargs)
+        return super().__call__(*args, **kwargs)
+
+
+def recompute(module: nn.Module, on: bool) -> None:
+    """Switches activation checkpointing of a module, in place.
+
+    It acts in training and in eval mode alike, since a frozen module in eval mode keeps as much for what stands before
+    it. Gradients are the same to the bit where the module is deterministic; dropout draws the same again. Names in the
+    state stay. It acts around a module that `torch.compile` compiled in place, and around one that is sharded.
+    """
+    if not isinstance(module, _Recomputed):
+        if not on:
+            return
+        # the call and not the forward is replaced, since what is compiled is the call; a call is looked up in the class
+        kind = type(module)
+        module.__class__ = type(kind.__name__, (_Recomputed, kind), {"__module__": kind.__module__})
+    module.recomputed = on
