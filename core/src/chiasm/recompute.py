@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -31,4 +31,4 @@ def recompute(module: nn.Module, on: bool) -> None:
         # the call and not the forward is replaced, since what is compiled is the call; a call is looked up in the class
         kind = type(module)
         module.__class__ = type(kind.__name__, (_Recomputed, kind), {"__module__": kind.__module__})
-    module.recomputed = on
+    cast(_Recomputed, module).recomputed = on
