@@ -25,6 +25,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of what a test starts
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _own_feature_cache(tmp_path_factory):
+    """No test reads or leaves features in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CHIASM_CACHE", str(tmp_path_factory.mktemp("features")))
+        yield
+
+
 class ToyEncoder(Encoder):
     """Mean colour of each quarter of an 8 x 8 image, times a weight: tokens [B, 1, 4, 3]."""
 

@@ -191,12 +191,13 @@ def test_remembered_features_of_tiles_give_the_same_batch(tiled):
     device = torch.device("cpu")
     live = Feed(vlm, builder)
     wanted = vlm.embed(live.batch([live.train(sample) for sample in samples], device))
-    feed = Feed(vlm, builder, FeatureMemo(2**20), ["toy"])
+    memo = FeatureMemo(2**20)
+    feed = Feed(vlm, builder, memo, ["toy"])
     for _ in range(2):  # computed, then remembered
         examples = [feed.train(sample) for sample in samples]
         torch.testing.assert_close(vlm.embed(feed.batch(examples, device)), wanted, rtol=0, atol=0)
     assert not examples[0].pixels
-    other = Feed(tiled(max_tiles=2), builder, feed.memo, ["toy"])
+    other = Feed(tiled(max_tiles=2), builder, memo, ["toy"])
     assert other.train(samples[0]).pixels, "features of other tiles were taken"
 
 

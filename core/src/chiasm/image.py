@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -89,11 +90,45 @@ def to_pixels(images: Sequence[Image.Image], spec: ImageSpec, resize: Resize) ->
     Returns:
         `[B, 3, H, W]` float32.
     """
+    return normalise(to_bytes(images, spec, resize), spec)
+
+
+def to_bytes(images: Sequence[Image.Image], spec: ImageSpec, resize: Resize) -> Tensor:
+    """Resizes images for one encoder, for `normalise` to finish: a quarter of the bytes to send, and less to compute.
+
+    Returns:
+        `[B, 3, H, W]` uint8.
+    """
     if not images:
-        return torch.empty(0, 3, spec.height, spec.width)
+        return torch.empty(0, 3, spec.height, spec.width, dtype=torch.uint8)
     resized = [fit(image, (spec.height, spec.width), resize, spec) for image in images]
     rgb_BHW3 = torch.from_numpy(np.stack([np.asarray(image, dtype=np.uint8) for image in resized]))
-    pixels_B3HW = rgb_BHW3.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format) / 255
+    return rgb_BHW3.permute(0, 3, 1, 2).contiguous()
+
+
+def normalise(rgb_B3HW: Tensor, spec: ImageSpec) -> Tensor:
+    """Bytes as `to_bytes` gives them to what an encoder takes, with the same bits on every device.
+
+    Returns:
+        `[B, 3, H, W]` float32 on the device of the bytes.
+    """
+    if rgb_B3HW.device.type == "cpu":
+        return _normalised(rgb_B3HW, spec)
+    # GPUs divide by a constant as they multiply by its inverse, which rounds otherwise: all that can be is looked up
+    table, first_311 = _table(spec, rgb_B3HW.device)
+    return table[rgb_B3HW.int() + first_311]
+
+
+@lru_cache(maxsize=64)
+def _table(spec: ImageSpec, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What each byte of each channel becomes, and where each channel's bytes start."""
+    every_131W = torch.arange(256, dtype=torch.uint8).expand(1, 3, 1, 256)
+    first_311 = torch.arange(3, dtype=torch.int32).view(3, 1, 1) * 256
+    return _normalised(every_131W, spec).flatten().to(device), first_311.to(device)
+
+
+def _normalised(rgb_B3HW: Tensor, spec: ImageSpec) -> Tensor:
+    pixels_B3HW = rgb_B3HW.to(torch.float32, memory_format=torch.contiguous_format) / 255
     mean, std = (torch.tensor(v, dtype=torch.float32).view(1, 3, 1, 1) for v in (spec.mean, spec.std))
     return (pixels_B3HW - mean) / std
 

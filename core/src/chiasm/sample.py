@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -15,6 +17,9 @@ if TYPE_CHECKING:
 
 IMAGE_MARKER = "<image>"
 """Where an image stands in a question; without a marker the images come before the first turn."""
+
+SETTLED = 2 * 10**9
+"""Nanoseconds after which a file's time of change tells whether it has changed since."""
 
 
 class ImageSource(Protocol):
@@ -43,13 +48,17 @@ class ImageFile:
 
     @property
     def key(self) -> str:
-        """SHA-256 of the file's bytes.
+        """SHA-256 of the file's bytes, read again only when the file's size or its time of change is another.
 
         Raises:
             DataError: the file cannot be read.
         """
         try:
-            return "sha256:" + hashlib.sha256(self.path.read_bytes()).hexdigest()
+            status = self.path.stat()
+            if time.time_ns() - status.st_mtime_ns < SETTLED:
+                # a second change within the clock's tick would leave no trace
+                return _content(self.path)
+            return _known_content(self.path, status.st_size, status.st_mtime_ns, status.st_ino)
         except OSError as error:
             raise DataError(f"image {str(self.path)!r} cannot be read: {error.strerror or error}") from error
 
@@ -57,6 +66,15 @@ class ImageFile:
         from chiasm.image import read_image
 
         return read_image(self.path)
+
+
+def _content(path: Path) -> str:
+    return "sha256:" + hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@lru_cache(maxsize=2**20)
+def _known_content(path: Path, *_status: int) -> str:
+    return _content(path)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ Shape letters: V views of one image, N visual tokens of one view, H and W pixels
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from PIL.Image import Image
@@ -16,7 +16,7 @@ from chiasm.config import ImageConfig
 from chiasm.encoder import Encoder
 from chiasm.errors import CombinationError
 from chiasm.features import Grid, SequenceSpec
-from chiasm.image import ImageSpec, fit
+from chiasm.image import ImageSpec, Resize, fit, to_bytes
 
 
 class Views:
@@ -79,11 +79,18 @@ class Views:
 
     def pixels(self, image: Image, encoder: Encoder) -> Tensor:
         """The views of an image for one encoder, `[V, 3, H, W]` float32: the whole image first, then tiles by row."""
+        return self._views(image, encoder.geometry.image, encoder.preprocess)
+
+    def bytes(self, image: Image, encoder: Encoder) -> Tensor:
+        """The same as uint8, before `normalise`; for an encoder that preprocesses as `Encoder` does."""
+        spec = encoder.geometry.image
+        return self._views(image, spec, lambda images, resize: to_bytes(images, spec, resize))
+
+    def _views(self, image: Image, spec: ImageSpec, preprocess: Callable[[Sequence[Image], Resize], Tensor]) -> Tensor:
         rows, columns = self.grid(image)
         resize = self.config.resize
         if rows * columns == 1:
-            return encoder.preprocess([image], resize)
-        spec = encoder.geometry.image
+            return preprocess([image], resize)
         # a published processor knows no tiles; of a canvas the whole image is kept
         policy = "pad" if resize == "native" else resize
         canvas = fit(image, (rows * spec.height, columns * spec.width), policy, spec)
@@ -93,9 +100,9 @@ class Views:
             for x in range(0, canvas.width, spec.width)
         ]
         # tiles have the encoder's size already, so that squashing leaves them as they are
-        views = [encoder.preprocess(tiles, "squash")]
+        views = [preprocess(tiles, "squash")]
         if self.config.whole:
-            views.insert(0, encoder.preprocess([image], resize))
+            views.insert(0, preprocess([image], resize))
         return torch.cat(views)
 
 

@@ -7,7 +7,7 @@ L layers, D width of an encoder, E width of the language model, S supervised pos
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Self
 
@@ -150,7 +150,12 @@ class VLM(nn.Module):
         """Pixels `[I, 3, H, W]` to the features of encoder `index`, without a graph where the encoders are frozen."""
         encoder = self.encoders[index]
         dtype = next((p.dtype for p in encoder.parameters()), pixels_I3HW.dtype)
-        with nullcontext() if "encoders" in self._trained else torch.no_grad():
+        with ExitStack() as contexts:
+            if "encoders" not in self._trained:
+                contexts.enter_context(torch.no_grad())
+                if dtype != torch.float32:
+                    # in its own number format throughout, so that features are the same wherever they are computed
+                    contexts.enter_context(torch.autocast(pixels_I3HW.device.type, enabled=False))
             features: Features = encoder(pixels_I3HW.to(dtype))
         return features
 

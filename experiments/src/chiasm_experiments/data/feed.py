@@ -5,14 +5,17 @@ Shape letters: I views of all images of a sample or a batch, H and W pixels, L l
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import PIL.Image
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
-from chiasm.batch import Batch, collate
+from chiasm.batch import Batch, Padding, collate
 from chiasm.encoder import Encoder
 from chiasm.errors import ChiasmError
 from chiasm.features import Features
@@ -76,11 +79,10 @@ class Feed:
         cut = f"{vlm.views.config.model_dump_json()}/{vlm.views.tile}"
         for k, (encoder, identity) in enumerate(zip(self.encoders, identities, strict=True)):
             spec = encoder.geometry.features
-            name, shelf = f"{identity}/{cut}", None
+            name, shelf = f"{identity}/{cut}/{self._preprocessing(k)}", None
             if store is not None:
-                # the number format of what an encoder gives is that of what it is made of
-                dtype = next((p.dtype for p in encoder.parameters()), torch.float32)
-                shelf = store.shelf(name, (spec.layers, spec.tokens, spec.width), dtype, share)
+                shape = (spec.layers, spec.tokens, spec.width)
+                shelf = store.shelf(name, shape, self._dtype(k), share)
             self.features.append(FrozenFeatures(partial(self._encode, k), name, spec.grid, memo, shelf))
 
     def train(self, sample: Sample) -> Example:
@@ -104,10 +106,7 @@ class Feed:
             raise
         # before the pixels: a sample that does not fit costs no preprocessing
         prompt = write(sample, [views.tokens(views.count(image)) for image in images])
-        pixels = tuple(
-            tuple(views.bytes(image, encoder) if plain else views.pixels(image, encoder) for image in images)
-            for encoder, plain in zip(self.encoders, self.plain, strict=True)
-        )
+        pixels = tuple(tuple(self._draw(image, k) for image in images) for k in range(len(self.encoders)))
         return Example(prompt, sample.images, keys, pixels)
 
     def _known(self, keys: Sequence[str]) -> list[int] | None:
@@ -130,10 +129,10 @@ class Feed:
             for example in examples:
                 example.rows = (*example.rows, {key: rows[key] for key in example.keys if key in rows})
 
-    def batch(self, examples: Sequence[Example], device: torch.device, *, generate: bool = False) -> Batch:
-        """Examples as one batch on the device, padded on the left to generate."""
-        prompts = [example.prompt for example in examples]
-        return collate(prompts, self.vision(examples, device), pad="left" if generate else "right").to(device)
+    def batch(self, examples: Sequence[Example], device: torch.device, *, pad: Padding = "right") -> Batch:
+        """Examples as one batch on the device, padded or packed as `collate` says."""
+        batch = collate([example.prompt for example in examples], self.vision(examples, device), pad=pad)
+        return (batch.pinned() if device.type == "cuda" else batch).to(device)
 
     def vision(self, examples: Sequence[Example], device: torch.device) -> list[Tensor | Features]:
         """For each encoder the pixels or the features of all images of the examples, on the device."""
@@ -165,7 +164,10 @@ class Feed:
         """The views of an example's image for an encoder; drawn again where they were known and no longer are."""
         if example.pixels:
             return example.pixels[k][i]
-        image = example.images[i].load()
+        return self._draw(example.images[i].load(), k)
+
+    def _draw(self, image: Image, k: int) -> Tensor:
+        """The views of an image for an encoder as they travel: `[V, 3, H, W]`, bytes where they can be."""
         views, encoder = self.vlm.views, self.encoders[k]
         return views.bytes(image, encoder) if self.plain[k] else views.pixels(image, encoder)
 
@@ -175,3 +177,18 @@ class Feed:
 
     def _encode(self, k: int, views_I3HW: Tensor) -> Features:
         return self.vlm.encode(k, self._pixels(k, views_I3HW))
+
+    def _preprocessing(self, k: int) -> str:
+        """What preprocessing does, told by what it makes of two images: code that changed is seen like a setting."""
+        made = hashlib.sha256()
+        for size in ((97, 61), (61, 97)):
+            noise = hashlib.shake_256(b"chiasm").digest(3 * size[0] * size[1])
+            made.update(self._pixels(k, self._draw(PIL.Image.frombytes("RGB", size, noise), k)).numpy().tobytes())
+        return made.hexdigest()[:32]
+
+    def _dtype(self, k: int) -> torch.dtype:
+        """The number format of an encoder's features: asked of it, since it need not be that of its weights."""
+        image = self.encoders[k].geometry.image
+        device = next((p.device for p in self.encoders[k].parameters()), torch.device("cpu"))
+        with torch.no_grad():
+            return self.vlm.encode(k, torch.zeros(1, 3, image.height, image.width, device=device)).tokens.dtype

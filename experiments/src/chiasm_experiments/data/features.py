@@ -1,0 +1,276 @@
+"""Features of one frozen encoder: remembered in the process, stored on the disk, or computed now.
+
+Shape letters: I views of all images asked for, V views of one image, L layers, N tokens, D width.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from chiasm.features import Features, Grid
+from chiasm_experiments.data.store import Shelf
+
+POLL_SECONDS = 0.002
+WAIT_SECONDS = 60.0
+"""How long another process may take to compute what it has claimed, before this one no longer waits for it."""
+WRITES = 4
+"""Batches of features that may wait to be written, so that a slow disk cannot fill the memory."""
+READERS = 4
+"""Threads that read from the disk at once."""
+
+
+class FeatureMemo:
+    """Features of frozen encoders by encoder and image, the least recently used dropped beyond a size.
+
+    One memo may serve many runs of a process: keys hold the encoder's identity.
+
+    Args:
+        limit: bytes.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.bytes = 0
+        self._items: OrderedDict[tuple[str, str], Tensor] = OrderedDict()
+
+    def get(self, key: tuple[str, str]) -> Tensor | None:
+        """The features of one image's views, `[V, L, N, D]`, where they are remembered."""
+        found = self._items.get(key)
+        if found is not None:
+            self._items.move_to_end(key)
+        return found
+
+    def put(self, key: tuple[str, str], features_VLND: Tensor) -> None:
+        """Keeps the features of one image."""
+        if key in self._items:
+            return
+        self._items[key] = features_VLND
+        self.bytes += features_VLND.nbytes
+        while self.bytes > self.limit:
+            _, dropped = self._items.popitem(last=False)
+            self.bytes -= dropped.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """An image whose features are asked for.
+
+    Args:
+        key: of its content.
+        row: its features where they have been fetched already.
+        pixels: makes what `FrozenFeatures.encode` takes; called only where the features are to be computed.
+    """
+
+    key: str
+    row: Tensor | None
+    pixels: Callable[[], Tensor]
+
+
+class FrozenFeatures:
+    """Where one encoder's features come from.
+
+    Args:
+        encode: what `Wanted.pixels` gives for some images, one behind the other and on the device, to features.
+        identity: equal only for equal weights, layers and preprocessing.
+        grid: of the tokens.
+        memo: those of this process; None: nothing is remembered.
+        shelf: those on the disk; None: nothing is stored.
+    """
+
+    def __init__(
+        self,
+        encode: Callable[[Tensor], Features],
+        identity: str,
+        grid: Grid,
+        memo: FeatureMemo | None,
+        shelf: Shelf | None,
+    ) -> None:
+        self.encode = encode
+        self.identity = identity
+        self.grid = grid
+        self.memo = memo
+        self.shelf = shelf
+        self.computed = 0
+        """Images encoded so far."""
+        self._pending: dict[str, Tensor] = {}
+        self._writes: list[Future[None]] = []
+        self._writer: ThreadPoolExecutor | None = None
+        self._readers: ThreadPoolExecutor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # for loader processes, which only ask what is known
+        return {**self.__dict__, "encode": None, "memo": None, "_pending": {}, "_writes": [], "_writer": None} | {
+            "_readers": None
+        }
+
+    def views(self, key: str) -> int | None:
+        """How many views of an image have known features; None where they are not known."""
+        row = self._pending.get(key)
+        if row is None and self.memo is not None:
+            row = self.memo.get((self.identity, key))
+        if row is not None:
+            return len(row)
+        return self.shelf.views(key) if self.shelf is not None else None
+
+    def fetch(self, keys: Iterable[str], *, pin: bool) -> dict[str, Tensor]:
+        """Reads from the disk what it has of some images, into one piece of memory; for another thread to do ahead."""
+        if self.shelf is None:
+            return {}
+        shelf = self.shelf
+        counts = {key: shelf.views(key) for key in dict.fromkeys(keys) if key not in self._pending}
+        known = {key: views for key, views in counts.items() if views is not None}
+        whole_IVLND = torch.empty(sum(known.values()), *shelf.view, dtype=shelf.dtype, pin_memory=pin)
+        rows = dict(zip(known, whole_IVLND.split(list(known.values())), strict=True))
+        if self._readers is None:
+            self._readers = ThreadPoolExecutor(READERS, "chiasm-read")
+        read = list(self._readers.map(lambda item: shelf.read(*item), rows.items()))
+        return {key: row for (key, row), whole in zip(rows.items(), read, strict=True) if whole}
+
+    def gather(self, wanted: Sequence[Wanted], device: torch.device) -> Features:
+        """The features of images in order, `[I, L, N, D]` on the device; those that nobody has are computed, once."""
+        rows: dict[str, Tensor] = {}
+        missing: dict[str, Wanted] = {}
+        for item in wanted:
+            if item.key in rows or item.key in missing:
+                continue
+            row = item.row if item.row is not None else self._find(item.key, device)
+            if row is None:
+                missing[item.key] = item
+            else:
+                rows[item.key] = row
+        patience = time.monotonic() + WAIT_SECONDS
+        while missing:
+            mine = self._claim(missing) if time.monotonic() < patience else list(missing)
+            if mine:
+                rows |= self._compute([missing.pop(key) for key in mine], device)
+            for key in list(missing):
+                row = self._find(key, device)
+                if row is not None:
+                    rows[key] = row
+                    del missing[key]
+            if missing and not mine:
+                time.sleep(POLL_SECONDS)
+        return Features(join([rows[item.key] for item in wanted], device), self.grid)
+
+    def flush(self) -> None:
+        """Waits until everything computed so far stands on the disk."""
+        for write in self._writes:
+            write.result()
+        self._writes.clear()
+
+    def _find(self, key: str, device: torch.device) -> Tensor | None:
+        row = self._pending.get(key)
+        if row is None and self.memo is not None:
+            row = self.memo.get((self.identity, key))
+        if row is None and self.shelf is not None:
+            row = self.shelf.get(key, pin=device.type == "cuda")
+            if row is not None and self.memo is not None:
+                row = row.to(device, non_blocking=True)
+                self.memo.put((self.identity, key), row)
+        return row
+
+    def _claim(self, missing: Iterable[str]) -> list[str]:
+        if self.shelf is None:
+            return list(missing)
+        kept = [key for key in missing if self.shelf.keeps(key)]
+        claimed = set(self.shelf.claim(kept))
+        return [key for key in missing if key in claimed or not self.shelf.keeps(key)]
+
+    def _compute(self, items: Sequence[Wanted], device: torch.device) -> dict[str, Tensor]:
+        """Encodes images in one batch and lets others have the features."""
+        keys = [item.key for item in items]
+        try:
+            pixels = [item.pixels() for item in items]
+            with torch.no_grad():
+                tokens_ILND = self.encode(join(pixels, device)).tokens
+        except BaseException:
+            self._release(keys)
+            raise
+        self.computed += len(keys)
+        rows = dict(zip(keys, tokens_ILND.split([len(views) for views in pixels]), strict=True))
+        if self.memo is not None:
+            for key, row in rows.items():
+                self.memo.put((self.identity, key), row.clone())
+        if self.shelf is not None:
+            self._store(rows, tokens_ILND)
+        return rows
+
+    def _store(self, rows: dict[str, Tensor], tokens_ILND: Tensor) -> None:
+        """Writes features; those on a GPU are copied and written while the GPU goes on."""
+        assert self.shelf is not None
+        if tokens_ILND.device.type != "cuda":
+            self._write(rows, tokens_ILND, None)
+            return
+        host_ILND = torch.empty(tokens_ILND.shape, dtype=tokens_ILND.dtype, pin_memory=True)
+        host_ILND.copy_(tokens_ILND, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+        self._pending |= rows
+        if self._writer is None:
+            self._writer = ThreadPoolExecutor(1, "chiasm-write")
+        while len(self._writes) >= WRITES:
+            self._writes.pop(0).result()
+        self._writes.append(self._writer.submit(self._write, rows, host_ILND, copied))
+
+    def _write(self, rows: dict[str, Tensor], host_ILND: Tensor, copied: torch.cuda.Event | None) -> None:
+        assert self.shelf is not None
+        try:
+            if copied is not None:
+                copied.synchronize()
+            parts = host_ILND.split([len(row) for row in rows.values()])
+            for key, part_VLND in zip(rows, parts, strict=True):
+                if self.shelf.keeps(key):
+                    self.shelf.put(key, part_VLND)
+        finally:
+            self._release(rows)
+            for key in rows:
+                self._pending.pop(key, None)
+
+    def _release(self, keys: Iterable[str]) -> None:
+        if self.shelf is not None:
+            self.shelf.release(keys)
+
+
+def join(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Tensors one behind the other on a device, each neighbourhood in memory copied in one go and nothing copied twice.
+
+    Pinned memory is copied without waiting.
+    """
+    runs = _runs(tensors)
+    if len(runs) == 1:
+        return runs[0].to(device, non_blocking=True)
+    if device.type == "cpu" and all(run.device == device for run in runs):
+        return torch.cat(runs)
+    joined = torch.empty(sum(map(len, runs)), *runs[0].shape[1:], dtype=runs[0].dtype, device=device)
+    first = 0
+    for run in runs:
+        joined[first : first + len(run)].copy_(run, non_blocking=True)
+        first += len(run)
+    return joined
+
+
+def _runs(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The same rows in fewer tensors, where neighbours are neighbours in memory too."""
+    runs: list[Tensor] = []
+    for tensor in tensors:
+        last = runs[-1] if runs else None
+        if (
+            last is not None
+            and tensor.is_contiguous()
+            and last.is_contiguous()
+            and last.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+            and last.data_ptr() + last.nbytes == tensor.data_ptr()
+        ):
+            shape = (len(last) + len(tensor), *last.shape[1:])
+            runs[-1] = last.as_strided(shape, last.stride(), last.storage_offset())
+        else:
+            runs.append(tensor)
+    return runs

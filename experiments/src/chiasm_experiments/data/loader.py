@@ -1,0 +1,199 @@
+"""Samples made ready ahead of the model, by processes beside it."""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import os
+import pickle
+import warnings
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from itertools import islice
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from chiasm.errors import ChiasmError
+from chiasm.sample import Sample
+from chiasm_experiments.data.feed import Example, Feed
+
+CHUNK = 16
+"""Samples that a process makes ready at a time: a step's samples come from several processes at once."""
+STEPS_AHEAD = 2
+"""Steps whose known features are read while the model is at work."""
+
+
+class Samples(Protocol):
+    """A data set, or several as one."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Sample: ...
+
+
+def load_steps(
+    steps: Iterable[Sequence[int]],
+    samples: Samples,
+    feed: Feed,
+    device: torch.device,
+    processes: int = 0,
+    context: str | None = None,
+) -> Iterator[list[Example]]:
+    """The examples of each step, the same for any number of processes.
+
+    Args:
+        steps: the samples of each step, by index.
+        samples: of the stage.
+        feed: makes them ready.
+        device: where they go.
+        processes: that make samples ready; 0: this one does, when a step is asked for.
+        context: how processes start: `fork`, `forkserver` or `spawn`; None: `fork` where the system has it, since a
+            fork starts at once and shares the data set's memory.
+
+    Raises:
+        DataError: a sample cannot be used; the message or a note names it.
+    """
+    steps = [list(step) for step in steps]
+    if processes == 0:
+        made: Iterator[list[Example]] = ([_make(feed, samples, i) for i in step] for step in steps)
+    else:
+        made = _from_processes(steps, samples, feed, device, processes, context)
+    return _read_ahead(made, feed) if device.type == "cuda" and feed.features else made
+
+
+def _make(feed: Feed, samples: Samples, index: int) -> Example:
+    try:
+        return feed.train(samples[index])
+    except Exception as error:
+        error.add_note(f"(sample {index} of the stage's data)")
+        raise
+
+
+def _from_processes(
+    steps: Sequence[Sequence[int]],
+    samples: Samples,
+    feed: Feed,
+    device: torch.device,
+    processes: int,
+    context: str | None,
+) -> Iterator[list[Example]]:
+    # said before a fork, or tokenizers says it after one on standard error
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    feed.flush()  # no thread of ours holds a lock at the fork
+    if context is None:
+        context = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
+    chunks = [step[first : first + CHUNK] for step in steps for first in range(0, len(step), CHUNK)]
+    loader: DataLoader[Any] = DataLoader(
+        _Examples(samples, feed),
+        batch_sampler=chunks,
+        num_workers=processes,
+        collate_fn=_pack,
+        multiprocessing_context=context,
+        pin_memory=device.type == "cuda",
+        prefetch_factor=4,
+        worker_init_fn=partial(_begin, feed if context == "fork" else None),
+    )
+    with warnings.catch_warnings():
+        # Python 3.12 warns of every fork beside threads; the children take no lock but their own, and no GPU
+        warnings.filterwarnings("ignore", "This process .* is multi-threaded, use of fork", DeprecationWarning)
+        ready = iter(loader)
+    for step in steps:
+        examples: list[Example] = []
+        for packed in islice(ready, -(-len(step) // CHUNK)):
+            examples += _unpack(*packed)
+        yield examples
+
+
+def _read_ahead(made: Iterator[list[Example]], feed: Feed) -> Iterator[list[Example]]:
+    """Known features are read from the disk by a thread, steps before they are asked for."""
+
+    def read(examples: list[Example]) -> list[Example]:
+        feed.fetch(examples, pin=True)
+        return examples
+
+    with ThreadPoolExecutor(1, "chiasm-ahead") as thread:
+        ahead: deque[Future[list[Example]]] = deque()
+        for examples in made:
+            ahead.append(thread.submit(read, examples))
+            if len(ahead) > STEPS_AHEAD:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+
+class _Examples(Dataset[Any]):
+    """Samples made ready in the loader's processes; a user's error comes back as a value, to be raised whole."""
+
+    def __init__(self, samples: Samples, feed: Feed) -> None:
+        self.samples = samples
+        self.feed = feed
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Example | ChiasmError:
+        try:
+            return _make(self.feed, self.samples, index)
+        except ChiasmError as error:
+            return error
+
+    def __getstate__(self) -> dict[str, Any]:
+        # for processes that are not forked: the model without its weights, which the loader never touches
+        file = io.BytesIO()
+        _WithoutTensors(file, pickle.HIGHEST_PROTOCOL).dump(self.__dict__)
+        return {"pickled": file.getvalue()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(pickle.loads(state["pickled"]))
+
+
+class _WithoutTensors(pickle.Pickler):
+    def reducer_override(self, item: Any) -> Any:
+        return (torch.empty, (0,)) if isinstance(item, Tensor) else NotImplemented
+
+
+def _begin(feed: Feed | None, _: int) -> None:
+    """What a loader process does first."""
+    for features in feed.features if feed is not None else ():
+        if features.shelf is not None:
+            features.shelf.forked()
+
+
+Packed = tuple[list[Any], list[Tensor], list[list[list[int]]]]
+
+
+def _pack(items: list[Example | ChiasmError]) -> Packed:
+    """A chunk with the pixels of each encoder in one tensor: one piece of shared memory instead of one per image."""
+    stacks: list[Tensor] = []
+    counts: list[list[list[int]]] = []
+    for item in items:
+        if isinstance(item, ChiasmError):
+            return [item], [], []
+    examples = [item for item in items if isinstance(item, Example)]
+    for k in range(max((len(example.pixels) for example in examples), default=0)):
+        views = [list(example.pixels[k]) if example.pixels else [] for example in examples]
+        flat = [pixels for mine in views for pixels in mine]
+        stacks.append(torch.cat(flat) if flat else torch.empty(0))
+        counts.append([[len(pixels) for pixels in mine] for mine in views])
+    bare = [Example(e.prompt, e.images, e.keys, ((),) * len(e.pixels)) for e in examples]
+    return bare, stacks, counts
+
+
+def _unpack(examples: list[Any], stacks: list[Tensor], counts: list[list[list[int]]]) -> list[Example]:
+    for example in examples:
+        if isinstance(example, ChiasmError):
+            raise example
+    each = [
+        iter(torch.split(stack, [views for mine in count for views in mine]))
+        for stack, count in zip(stacks, counts, strict=True)
+    ]
+    for i, example in enumerate(examples):
+        if example.pixels:
+            example.pixels = tuple(
+                tuple(next(views) for _ in count[i]) for views, count in zip(each, counts, strict=True)
+            )
+    return examples

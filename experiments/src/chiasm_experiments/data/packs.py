@@ -1,0 +1,150 @@
+"""Pairs of files that grow by appending: raw entries in `NAME.data`, and a record for each in `NAME.index`.
+
+One process appends to a pack, any number read it. An entry's record is written after its bytes, so that a process that
+is killed leaves bytes without a record, which nobody sees. After a power cut pages may be missing: the checksum tells.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+RECORD = 64
+"""Bytes of a record: eight little-endian words, the digest in the first two and a check of the others in the last."""
+_MAGIC = np.uint64(0x43484941534D0001)  # a page of zeros is no record
+_ALIGN = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Where an entry's bytes stand in its pack."""
+
+    offset: int
+    size: int
+    checksum: int
+
+
+def checksum(data: memoryview) -> int:
+    """The sum of the words: a lost page, a cut end or one changed bit changes it. About ten times as fast as CRC-32."""
+    words = len(data) // 8 * 8
+    total = int(np.frombuffer(data[:words], "<u8").sum(dtype=np.uint64)) if words else 0
+    return (total + int.from_bytes(data[words:], "little")) % 2**64
+
+
+class Pack:
+    """A pack to read from.
+
+    Args:
+        path: of the index.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.seen = 0
+        """Records looked at so far."""
+        self._index = os.open(path, os.O_RDWR)
+        try:
+            self._data = os.open(path.with_suffix(".data"), os.O_RDWR)
+        except OSError:
+            os.close(self._index)
+            raise
+
+    def news(self, size: int) -> Iterator[tuple[int, bytes]]:
+        """Row and digest of each valid record behind those seen, in an index of `size` bytes."""
+        first, last = self.seen, size // RECORD
+        self.seen = max(first, last)
+        if last <= first:
+            return
+        raw = os.pread(self._index, (last - first) * RECORD, first * RECORD)
+        raw = raw[: len(raw) // RECORD * RECORD]
+        for row in np.flatnonzero(_valid(raw)):
+            yield first + int(row), raw[row * RECORD : row * RECORD + 16]
+
+    def entry(self, row: int) -> Entry | None:
+        """What a record says; None where it has been struck out."""
+        raw = os.pread(self._index, RECORD, row * RECORD)
+        if len(raw) < RECORD or not _valid(raw)[0]:
+            return None
+        words = np.frombuffer(raw, "<u8")
+        return Entry(int(words[2]), int(words[3]), int(words[4]))
+
+    def read(self, entry: Entry, into: memoryview) -> bool:
+        """Reads an entry's bytes to where they are wanted, without a copy between; False where they are damaged."""
+        done = 0
+        while done < entry.size:
+            count = os.preadv(self._data, [into[done:]], entry.offset + done)
+            if count == 0:
+                return False
+            done += count
+        return checksum(into) == entry.checksum
+
+    def strike(self, row: int) -> None:
+        """Makes a record invalid for every process, because its entry is damaged."""
+        os.pwrite(self._index, bytes(RECORD), row * RECORD)
+
+    def touch(self) -> None:
+        """Notes that the pack is in use."""
+        os.utime(self._data)
+
+    def close(self) -> None:
+        """Gives its files back; those of a dropped pack then leave the disk."""
+        os.close(self._index)
+        os.close(self._data)
+
+
+class PackWriter:
+    """A pack to append to, which no other process appends to while this one lives.
+
+    Args:
+        path: of the index; a new pack is made where there is none.
+
+    Raises:
+        BlockingIOError: another process appends to it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._data = os.open(path.with_suffix(".data"), os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(self._data, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._index = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        except OSError:
+            os.close(self._data)
+            raise
+        # what a killed writer left behind its last record
+        os.ftruncate(self._index, os.fstat(self._index).st_size // RECORD * RECORD)
+        self.size = os.fstat(self._data).st_size
+
+    @property
+    def gone(self) -> bool:
+        """Whether the pack has been dropped from the folder."""
+        return os.fstat(self._index).st_nlink == 0 or os.fstat(self._data).st_nlink == 0
+
+    def append(self, digest: bytes, data: memoryview) -> None:
+        """Writes an entry, then its record."""
+        offset = -(-self.size // _ALIGN) * _ALIGN
+        done = 0
+        while done < len(data):
+            done += os.pwrite(self._data, data[done:], offset + done)
+        self.size = offset + len(data)
+        words = np.zeros(8, "<u8")
+        words[:2] = np.frombuffer(digest, "<u8")
+        words[2:5] = offset, len(data), checksum(data)
+        words[7:] = words[:7].sum(dtype=np.uint64, keepdims=True) + _MAGIC
+        os.write(self._index, words.tobytes())
+
+    def close(self) -> None:
+        """Lets another process append."""
+        os.close(self._index)
+        os.close(self._data)
+
+
+def _valid(raw: bytes) -> np.ndarray:
+    words = np.frombuffer(raw, "<u8").reshape(-1, 8)
+    found: np.ndarray = words[:, 7] == words[:, :7].sum(axis=1, dtype=np.uint64) + _MAGIC
+    return found

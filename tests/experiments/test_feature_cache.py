@@ -1,0 +1,313 @@
+"""Training with stored features: the same numbers, each image encoded once, and nothing old is ever taken."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+import torch
+from PIL import Image
+
+from chiasm.config import ImageConfig, RunConfig, TokensConfig
+from chiasm.encoder import Encoder
+from chiasm.errors import DataError
+from chiasm.prompt import PromptBuilder
+from chiasm.sample import ImageFile, Sample, Turn
+from chiasm.views import Views
+from chiasm_encoders.clip import ClipEncoder
+from chiasm_encoders.dinov2 import Dinov2Encoder
+from chiasm_experiments.data.features import FeatureMemo, join
+from chiasm_experiments.data.feed import Feed
+from chiasm_experiments.data.loader import load_steps
+from chiasm_experiments.data.mixture import Mixture
+from chiasm_experiments.data.store import FeatureStore
+from chiasm_experiments.training.cache import content_identity
+from chiasm_experiments.training.stage import train_stage
+from chiasm_experiments.training.workers import Workers
+
+CPU = torch.device("cpu")
+COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
+
+
+class Square:
+    """An image of one colour that counts how often it is drawn."""
+
+    drawn = 0
+
+    def __init__(self, colour: str) -> None:
+        self.key = colour
+
+    def load(self) -> Image.Image:
+        Square.drawn += 1
+        return Image.new("RGB", (8, 8), COLOURS[self.key])
+
+
+class Samples:
+    """Image, text and two-image samples with answers of different lengths."""
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> Sample:
+        names = list(COLOURS)
+        colour = names[index % 3]
+        if index % 4 == 3:
+            return Sample(f"text{index}", (Turn("say", "ok" * (index % 3 + 1)),))
+        images = (Square(colour),) if index % 4 else (Square(colour), Square(names[(index + 1) % 3]))
+        return Sample(f"s{index}", (Turn("c?", colour),), images)
+
+
+def run_config(**stage) -> RunConfig:
+    base = {"name": "s", "data": "x", "train": ["adapter", "tokens", "llm"], "lr": 1e-2, "batch_size": 6}
+    values = {"vision": {"encoders": ["x"]}, "llm": "x", "stages": [base | stage], "system": ""}
+    return RunConfig.model_validate(values)
+
+
+def weights(vlm):
+    return {name: value.clone() for name, value in vlm.state_dict().items()}
+
+
+def make_feed(vlm, store=None, memo=None, share=1.0):
+    builder = PromptBuilder(vlm.llm, TokensConfig(), vlm.visual_tokens, "")
+    identities = [content_identity(encoder) for encoder in vlm.encoders]
+    return Feed(vlm, builder, memo, identities, store, share)
+
+
+def train(vlm, run, feed, samples=None, loaders=0):
+    losses = []
+    mixture = Mixture([samples or Samples()])
+    train_stage(
+        vlm, run, 0, mixture, feed, Workers(0, 1, CPU), lambda step, steps, m: losses.append(m["loss"]), loaders
+    )
+    return losses
+
+
+def assert_same_bits(one, other):
+    other = weights(other)
+    for name, value in weights(one).items():
+        assert torch.equal(other[name], value), name
+
+
+@pytest.mark.parametrize("loaders", [0, 2])
+@pytest.mark.parametrize("encoders", [1, 2])
+def test_stored_features_and_loader_processes_change_no_bit(make_vlm, tmp_path, encoders, loaders):
+    run = run_config(epochs=4, train=["adapter", "tokens", "llm"])
+    plain, cached, again = make_vlm(encoders), make_vlm(encoders), make_vlm(encoders)
+    for vlm in (plain, cached, again):
+        vlm.encoders[-1].weight.data *= 2  # equal encoders would share their features
+    wanted = train(plain, run, make_feed(plain))
+    feed = make_feed(cached, FeatureStore(tmp_path, 2**24))
+    assert train(cached, run, feed, loaders=loaders) == wanted
+    assert_same_bits(plain, cached)
+    assert [features.computed for features in feed.features] == [len(COLOURS)] * encoders
+    other = make_feed(again, FeatureStore(tmp_path, 2**24))
+    Square.drawn = 0
+    assert train(again, run, other, loaders=loaders) == wanted
+    assert_same_bits(plain, again)
+    assert [features.computed for features in other.features] == [0] * encoders
+    assert Square.drawn == 0, "an image was drawn although all of its features were known"
+
+
+def test_a_share_stores_some_and_computes_the_others(make_vlm, tmp_path):
+    run = run_config(epochs=2)
+    plain, cached = make_vlm(), make_vlm()
+    feed = make_feed(cached, FeatureStore(tmp_path, 2**24), share=0.5)
+    assert train(cached, run, feed) == train(plain, run, make_feed(plain))
+    assert_same_bits(plain, cached)
+    (features,) = feed.features
+    kept = [colour for colour in COLOURS if features.shelf.keeps(colour)]
+    assert [features.views(colour) for colour in COLOURS] == [1 if colour in kept else None for colour in COLOURS]
+
+
+class Tiny:
+    """One tiny encoder of a family behind the toy's other parts."""
+
+    def __init__(self, make_vlm, encoder):
+        self.vlm = make_vlm()
+        self.vlm.encoders[0] = encoder.eval()
+        self.vlm.set_trained([])
+
+
+def identity(encoder) -> str:
+    return content_identity(encoder)
+
+
+def tiny(**change) -> Encoder:
+    torch.manual_seed(0)
+    config = ClipEncoder.tiny().config
+    torch.manual_seed(0)
+    return ClipEncoder.build(type(config).model_validate(config.model_dump() | change))
+
+
+def test_equal_encoders_have_equal_identities_and_any_change_another():
+    same = identity(tiny())
+    assert identity(tiny()) == same
+    bit = tiny()
+    weight = list(bit.parameters())[-1].data.view(torch.int32)
+    weight.view(-1)[0] ^= 1
+    torch.manual_seed(0)
+    dino = Dinov2Encoder.tiny()
+    others = [identity(e) for e in (bit, tiny(layers=-2), tiny(layers="all"), tiny().to(torch.bfloat16), dino)]
+    assert len({same, *others}) == 6
+
+
+def test_a_checkpoints_folder_counts_by_its_files(tmp_path):
+    encoder = tiny()
+    names = []
+    for folder, text in (("a", "{}"), ("b", "{}"), ("c", '{"eps": 1}')):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.json").write_text(text)
+        encoder.config = encoder.config.model_copy(update={"pretrained": str(tmp_path / folder)})
+        names.append(identity(encoder))
+    assert names[0] == names[1] != names[2]
+
+
+def test_other_preprocessing_never_finds_the_old_features(make_vlm, tmp_path):
+    store = FeatureStore(tmp_path, 2**24)
+
+    def known(vlm):
+        feed = make_feed(vlm, store)
+        sample = Sample("s", (Turn("q", "a"),), (Square("red"),))
+        example = feed.train(sample)
+        feed.batch([example], CPU)
+        return not example.pixels
+
+    def with_views(**fields):
+        vlm = make_vlm()
+        vlm.views = Views(ImageConfig.model_validate(fields), vlm.encoders[0].geometry.image, vlm.adapter.out)
+        vlm.set_trained([])
+        return vlm
+
+    def with_mean(value):
+        vlm = with_views()
+        encoder = vlm.encoders[0]
+        image = encoder.geometry.image.model_copy(update={"mean": (value, 0.5, 0.5)})
+        object.__setattr__(encoder.geometry, "image", image)
+        return vlm
+
+    class Own(type(make_vlm().encoders[0])):
+        def preprocess(self, images, resize="native"):
+            return super().preprocess(images, resize) * 0.5
+
+    def with_own_preprocessing():
+        vlm = with_views()
+        vlm.encoders[0].__class__ = Own
+        return vlm
+
+    makers = [
+        with_views,
+        lambda: with_views(resize="crop"),
+        lambda: with_views(views="tiles", max_tiles=2),
+        lambda: with_mean(0.25),
+        with_own_preprocessing,
+    ]
+    assert [known(make()) for make in makers] == [False] * len(makers)
+    assert [known(make()) for make in makers] == [True] * len(makers)
+
+
+def test_a_file_with_other_bytes_has_another_key_at_once(tmp_path):
+    path = tmp_path / "image.bmp"
+    Image.new("RGB", (4, 4), "red").save(path)
+    red = ImageFile(path).key
+    Image.new("RGB", (4, 4), "blue").save(path)
+    blue = ImageFile(path).key
+    assert red != blue
+    old = time.time() - 3600
+    os.utime(path, (old, old))
+    assert ImageFile(path).key == blue
+    Image.new("RGB", (4, 4), "red").save(path)
+    os.utime(path, (old + 1, old + 1))
+    assert ImageFile(path).key == red
+
+
+def test_a_settled_file_is_read_once(tmp_path, monkeypatch):
+    path = tmp_path / "image.bmp"
+    Image.new("RGB", (4, 4), "green").save(path)
+    os.utime(path, (1e9, 1e9))
+    key = ImageFile(path).key
+    monkeypatch.setattr("pathlib.Path.read_bytes", lambda self: pytest.fail("read again"))
+    assert ImageFile(path).key == key
+
+
+@pytest.mark.parametrize("encoder", [ClipEncoder, Dinov2Encoder])
+def test_what_is_stored_is_what_was_computed(make_vlm, tmp_path, encoder):
+    """Two views of the same images: as computed with the store, and as read from it by another process's feed."""
+    torch.manual_seed(0)
+    vlm = Tiny(make_vlm, encoder.tiny()).vlm
+    colours = [Square(name) for name in COLOURS]
+    samples = [Sample(f"s{i}", (Turn("q", "a"),), (image,)) for i, image in enumerate(colours)]
+    live = make_feed(vlm)
+    (pixels,) = live.vision([live.train(sample) for sample in samples], CPU)
+    wanted = vlm.encode(0, pixels).tokens
+    for _ in range(2):
+        feed = make_feed(vlm, FeatureStore(tmp_path, 2**24))
+        (found,) = feed.vision([feed.train(sample) for sample in samples], CPU)
+        assert torch.equal(found.tokens, wanted)
+    assert feed.features[0].computed == 0
+
+
+def test_features_that_were_read_ahead_are_taken_and_damaged_ones_are_computed_again(make_vlm, tmp_path):
+    vlm = make_vlm()
+    vlm.set_trained([])
+    store = FeatureStore(tmp_path, 2**24)
+    samples = [Sample(name, (Turn("q", "a"),), (Square(name),)) for name in COLOURS]
+    first = make_feed(vlm, store)
+    (wanted,) = first.vision([first.train(sample) for sample in samples], CPU)
+    feed = make_feed(vlm, store)
+    examples = [feed.train(sample) for sample in samples]
+    feed.fetch(examples, pin=False)
+    rows = [row for example in examples for row in example.rows[0].values()]
+    assert join(rows, CPU).data_ptr() == rows[0].data_ptr(), "rows read ahead are one piece of memory"
+    assert torch.equal(join(rows, CPU), wanted.tokens)
+    (data,) = tmp_path.glob("*/*.data")
+    data.write_bytes(bytes(data.stat().st_size))
+    feed.fetch(examples, pin=False)
+    assert not any(example.rows[0] for example in examples)
+    (found,) = feed.vision(examples, CPU)
+    assert torch.equal(found.tokens, wanted.tokens)
+    assert feed.features[0].computed == 3
+
+
+def test_a_memo_before_the_store_saves_the_reading(make_vlm, tmp_path, monkeypatch):
+    vlm = make_vlm()
+    vlm.set_trained([])
+    sample = Sample("s", (Turn("q", "a"),), (Square("red"),))
+    store, memo = FeatureStore(tmp_path, 2**24), FeatureMemo(2**20)
+    for _ in range(2):
+        feed = make_feed(vlm, store, memo)
+        (found,) = feed.vision([feed.train(sample)], CPU)
+    monkeypatch.setattr("chiasm_experiments.data.store.Shelf.read", lambda *_: pytest.fail("read"))
+    (again,) = feed.vision([feed.train(sample)], CPU)
+    assert torch.equal(found.tokens, again.tokens)
+
+
+class Broken(Samples):
+    def __getitem__(self, index: int) -> Sample:
+        sample = super().__getitem__(index)
+        if index != 5:
+            return sample
+        return Sample("culprit", (Turn("q", "x"),), (ImageFile("gone.png"),))
+
+
+@pytest.mark.parametrize("loaders", [0, 1])
+def test_an_error_in_any_process_names_the_sample_and_keeps_its_kind(make_vlm, loaders):
+    vlm = make_vlm()
+    steps = load_steps([range(12)], Broken(), make_feed(vlm), CPU, loaders)
+    wanted = r"^image 'gone.png' does not exist\nin sample 'culprit'\n\(sample 5 of the stage's data\)$"
+    with pytest.raises(DataError, match=wanted):
+        list(steps)
+
+
+def test_other_steps_than_chunks_come_in_order_with_their_own_pixels(make_vlm):
+    vlm = make_vlm(2)
+    feed = make_feed(vlm)
+    steps = [list(range(11, -1, -1)) * 3, [3], [], [4, 0, 7] * 7]
+    alone = list(load_steps(steps, Samples(), feed, CPU))
+    beside = list(load_steps(steps, Samples(), feed, CPU, 2))
+    assert [len(step) for step in beside] == [len(step) for step in steps]
+    for one, other in zip([e for step in alone for e in step], [e for step in beside for e in step], strict=True):
+        assert one.prompt == other.prompt
+        assert [len(pixels) for pixels in one.pixels] == [len(pixels) for pixels in other.pixels]
+        for mine, theirs in zip(one.pixels, other.pixels, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
