@@ -17,10 +17,12 @@ from chiasm.prompt import PromptBuilder
 from chiasm.vlm import VLM
 from chiasm_experiments.data.feed import FeatureMemo, Feed
 from chiasm_experiments.data.mixture import load_mixture
+from chiasm_experiments.data.store import FeatureStore
 from chiasm_experiments.evaluation import evaluate, load_benchmarks, scores, write_rows
 from chiasm_experiments.loggers import Listeners, chosen
 from chiasm_experiments.training import environment
-from chiasm_experiments.training.cache import WarmParts
+from chiasm_experiments.training.cache import WarmParts, content_identity
+from chiasm_experiments.training.caching import CacheDecision, decide
 from chiasm_experiments.training.execution import Execution
 from chiasm_experiments.training.files import (
     MANIFEST,
@@ -105,12 +107,13 @@ def _execute(
     vlm = build_vlm(run, partial(warm.load, run))
     place(vlm, run, workers.device)
     loaders = job.execution.loaders(workers.device)
-    feed = make_feed(vlm, run, warm if loaders == 0 and "encoders" not in run.trained else None)
     mixtures = [load_mixture(stage.data) for stage in run.stages]
+    cache = decide(vlm, run, job.execution, mixtures, job.labels, workers)
+    feed = make_feed(vlm, run, warm.memo if loaders == 0 and cache.allowed else None, cache.store, cache.share)
     for stage, mixture in zip(run.stages, mixtures, strict=True):
         check_stage(stage, feed, mixture)
     benchmarks = load_benchmarks(run.evaluate)
-    manifest = _begin(job, run, vlm, workers)
+    manifest = _begin(job, run, vlm, workers, cache)
     if workers.first:
         listeners.tell("chiasm_run_started", folder=folder, manifest=manifest)
     loaded = time.perf_counter()
@@ -155,11 +158,23 @@ def load_run_folder(folder: Path) -> tuple[RunConfig, VLM]:
     return run, vlm.eval()
 
 
-def make_feed(vlm: VLM, run: RunConfig, warm: WarmParts | None = None) -> Feed:
-    """What turns samples into batches for a model, with a memo of frozen features where one is given."""
+def make_feed(
+    vlm: VLM, run: RunConfig, memo: FeatureMemo | None = None, store: FeatureStore | None = None, share: float = 1.0
+) -> Feed:
+    """What turns samples into batches for a model on its device.
+
+    Args:
+        vlm: placed; its encoders stay as they are where features are kept.
+        run: the run.
+        memo: where this process keeps features; None: nowhere.
+        store: where the machine keeps features; None: nowhere.
+        share: of the images that the store keeps.
+    """
     builder = PromptBuilder(vlm.llm, run.tokens, vlm.visual_tokens, run.system)
-    identities = [warm.identity(run, i) for i in range(len(run.vision.encoders))] if warm else []
-    return Feed(vlm, builder, warm.memo if warm else None, identities)
+    encoders: list[Any] = list(vlm.encoders)
+    kept = memo is not None or store is not None
+    identities = [content_identity(encoder) for encoder in encoders] if kept else []
+    return Feed(vlm, builder, memo, identities, store, share)
 
 
 def _earlier(run: RunConfig, folder: Path) -> dict[str, Any] | None:
@@ -179,7 +194,7 @@ def _earlier(run: RunConfig, folder: Path) -> dict[str, Any] | None:
     return None
 
 
-def _begin(job: Job, run: RunConfig, vlm: VLM, workers: Workers) -> dict[str, Any]:
+def _begin(job: Job, run: RunConfig, vlm: VLM, workers: Workers, cache: CacheDecision) -> dict[str, Any]:
     """The manifest as it stands before training."""
     vlm.set_trained(run.trained)
     counts = vlm.counts()
@@ -192,6 +207,7 @@ def _begin(job: Job, run: RunConfig, vlm: VLM, workers: Workers) -> dict[str, An
         "workers": workers.size,
         "visual_tokens": vlm.views.most_tokens,
         "training": overview(vlm, run, workers.device),
+        "cache": cache.told,
         "parameters": {
             "trained": sum(count.trained for count in counts),
             "frozen": sum(count.frozen for count in counts),

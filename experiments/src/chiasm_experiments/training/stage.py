@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,8 @@ import torch
 from chiasm.config import RunConfig, StageConfig
 from chiasm.errors import ChiasmError
 from chiasm.vlm import VLM
-from chiasm_experiments.data.feed import Example, Feed
+from chiasm_experiments.data.feed import Feed
+from chiasm_experiments.data.loader import load_steps
 from chiasm_experiments.data.mixture import Mixture
 from chiasm_experiments.data.order import Order
 from chiasm_experiments.training.checkpoint import Checkpoints, Learner, Position
@@ -107,7 +108,8 @@ def train_stage(
                 on_step(step, steps, metrics)
 
     todo = range(position.step, steps)
-    given = zip(todo, _steps(order, todo, samples, feed, workers, loader_workers), strict=True)
+    share = (order.step(step)[workers.rank :: workers.size] for step in todo)
+    given = zip(todo, load_steps(share, samples, feed, workers.device, loader_workers), strict=True)
     for step, examples in sight.traced(given, len(todo), workers.device):
         meter.begin()
         tokens = int(workers.sum(sum(example.prompt.supervised for example in examples)))
@@ -168,36 +170,3 @@ def check_stage(stage: StageConfig, feed: Feed, samples: Mixture, probe: int = 4
     last = len(samples) - 1
     for index in sorted({round(i * last / max(1, probe - 1)) for i in range(probe)}):
         feed.train(samples[index])
-
-
-def _steps(
-    order: Order, steps: range, samples: Mixture, feed: Feed, workers: Workers, loader_workers: int
-) -> Iterator[list[Example]]:
-    """This worker's examples of each step."""
-    share = [order.step(step)[workers.rank :: workers.size] for step in steps]
-    if loader_workers == 0:
-        for indices in share:
-            yield [feed.train(samples[i]) for i in indices]
-        return
-    loader = torch.utils.data.DataLoader(
-        _Examples(samples, feed),
-        batch_sampler=share,
-        num_workers=loader_workers,
-        collate_fn=list,
-        prefetch_factor=4,
-    )
-    yield from loader
-
-
-class _Examples(torch.utils.data.Dataset[Example]):
-    """Samples made ready in the loader's processes."""
-
-    def __init__(self, samples: Mixture, feed: Feed) -> None:
-        self.samples = samples
-        self.feed = feed
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> Example:
-        return self.feed.train(self.samples[index])
