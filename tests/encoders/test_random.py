@@ -104,6 +104,7 @@ def test_registers_are_removed():
         (ClipEncoder, {"patch_size": 7}, "image_size 32 is not a multiple of patch_size 7"),
         (SiglipEncoder, {"heads": 5}, "width 48 is not a multiple of heads 5"),
         (Dinov2Encoder, {"mlp_width": 100}, "mlp_width 100 is not a multiple of width 48"),
+        (Dinov3Encoder, {"heads": 8}, "width 48 over 8 heads gives each 6 channels; wanted a multiple of 4"),
         (InternVitEncoder, {"depth": 0}, "greater than 0"),
         (ClipEncoder, {"registers": 1}, "Extra inputs"),
     ],

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor, nn
 from transformers import DINOv3ViTModel
 
@@ -25,6 +25,16 @@ class Dinov3Shape(ViTShape):
     """Learned tokens beside CLS."""
     gated: bool = False
     """The MLP has a gate (SwiGLU), as the published models from ViT-H+ on have it."""
+
+    @model_validator(mode="after")
+    def _rotates(self) -> Self:
+        head = self.width // self.heads
+        if head % 4:
+            raise ValueError(
+                f"width {self.width} over {self.heads} heads gives each {head} channels; wanted a multiple of 4, as "
+                "positions rotate pairs of them for rows and for columns"
+            )
+        return self
 
 
 class Dinov3Config(TransformersConfig):
