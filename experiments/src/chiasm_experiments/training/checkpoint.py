@@ -1,6 +1,7 @@
 """Checkpoints within a stage: all that the next step depends on, so that a run killed anywhere goes on as it was.
 
-A checkpoint is a folder that appears whole, by a rename. Tensors are safetensors, the rest is JSON.
+A checkpoint is a folder that appears whole, by a rename. Tensors are safetensors, the rest is JSON. Of tensors that
+workers hold shards of, each worker writes its own, and any number of workers reads them.
 """
 
 from __future__ import annotations
@@ -9,22 +10,27 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from chiasm.config import StageConfig
 from chiasm.errors import CheckpointError
 from chiasm.vlm import VLM
+from chiasm_experiments.training.shards import copy_whole, read_shards, shard_like, write_shards
 from chiasm_experiments.training.workers import Workers
 
+SHARDS = "shards"
 KEPT = 2
 """The newest, and the one before it in case the disk damaged the newest."""
 
@@ -65,18 +71,28 @@ class Learner:
         state = self.optimizer.state_dict()["state"]
         return {f"{key}/{place}": value for place, entry in state.items() for key, value in entry.items()}
 
+    def like(self) -> Callable[[str], Tensor | None]:
+        """Of each name that the other methods give the tensor, or for a moment its parameter: it is sharded as that."""
+        own, parameters = self.tensors(), self._parameters()
+        return lambda name: parameters[int(name.rpartition("/")[2])] if "/" in name else own.get(name)
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
     def restore(self, tensors: dict[str, Tensor], moments: dict[str, Tensor], scalars: dict[str, Any]) -> None:
         """Puts back what the other methods gave."""
         own = self.tensors()
         if set(own) != set(tensors):
             raise CheckpointError(f"it holds other tensors: {sorted(set(own) ^ set(tensors))[:4]}")
-        with torch.no_grad():
-            for name, value in tensors.items():
-                own[name].copy_(value)
+        for name, value in tensors.items():
+            copy_whole(name, own[name], value)
+        parameters = self._parameters()
         state: dict[int, dict[str, Tensor]] = {}
         for name, value in moments.items():
             key, _, place = name.rpartition("/")
-            state.setdefault(int(place), {})[key] = value
+            parameter = parameters[int(place)]
+            same = value.shape == parameter.shape  # others, such as the count of steps, are whole everywhere
+            state.setdefault(int(place), {})[key] = shard_like(parameter, value) if same else value
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         for group, rate in zip(self.optimizer.param_groups, scalars["rates"], strict=True):
@@ -104,14 +120,15 @@ class Checkpoints:
         self.seconds = seconds
         self.last = time.monotonic()
         self._writer = ThreadPoolExecutor(1)
-        self._writing: Future[None] | None = None
+        self._writing: Future[Any] | None = None
+        self._group: Any = None
 
     def load(self, learner: Learner) -> Position:
         """Puts the newest good checkpoint into a learner; the start, if there is none."""
         for folder in reversed(self._found()):
             read = None
             try:
-                read = self._read(folder)
+                read = self._read(folder, learner)
             except Exception as error:  # safetensors has types of its own for damaged files
                 print(f"checkpoint {folder.name} cannot be read ({error}); going back to the one before it")
             # a file that one worker cannot read sends all of them back
@@ -133,16 +150,28 @@ class Checkpoints:
         partial = self.folder / f".{target.name}"
         if self.workers.first:
             shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+            (partial / SHARDS).mkdir(parents=True)
         self.workers.barrier()
         save_file(_random_state(self.workers.device), partial / f"random-{self.workers.rank}.safetensors")
         self.workers.barrier()
+        # copies, because the next step changes the tensors while the disk is busy
+        tensors, moments = learner.tensors(), learner.moments()
+        shards = self._write_shards(tensors | moments, partial / SHARDS)
         if self.workers.first:
-            # copies, because the next step changes the tensors while the disk is busy
-            tensors = {name: value.detach().to("cpu", copy=True) for name, value in learner.tensors().items()}
-            moments = {name: value.detach().to("cpu", copy=True) for name, value in learner.moments().items()}
+            files = {"model": _copied(tensors), "optimizer": _copied(moments)}
             told = {**asdict(position), "workers": self.workers.size, **learner.scalars()}
-            self._writing = self._writer.submit(self._write, partial, target, tensors, moments, told)
+            self._writing = self._writer.submit(self._write, partial, target, files, told, shards)
+        else:
+            self._writing = shards
+
+    def _write_shards(self, tensors: dict[str, Tensor], folder: Path) -> Future[Any] | None:
+        """Begins to write what is sharded; nothing is, where each worker holds all."""
+        sharded = {name: value for name, value in tensors.items() if isinstance(value, DTensor)}
+        if not sharded:
+            return None
+        # training's own group is in use meanwhile, and it may have no backend for the CPU
+        self._group = self._group or dist.new_group(backend="gloo")
+        return write_shards(sharded, folder, self._group)
 
     def wait(self) -> None:
         """Waits until the checkpoint that is being written is on the disk.
@@ -157,6 +186,9 @@ class Checkpoints:
     def close(self) -> None:
         """Ends the writing thread."""
         self._writer.shutdown()
+        if self._group is not None:
+            dist.destroy_process_group(self._group)
+            self._group = None
 
     def clear(self) -> None:
         """Removes all checkpoints: the stage is finished and its weights are saved."""
@@ -168,13 +200,21 @@ class Checkpoints:
     def _found(self) -> list[Path]:
         return sorted(self.folder.glob("checkpoint-*"))
 
-    def _read(self, folder: Path) -> _Read:
+    def _read(self, folder: Path, learner: Learner) -> _Read:
         told = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         random = None
         # with another number of workers the streams are new; only dropout draws from them
         if told["workers"] == self.workers.size:
             random = load_file(folder / f"random-{self.workers.rank}.safetensors")
-        return _Read(told, load_file(folder / "model.safetensors"), load_file(folder / "optimizer.safetensors"), random)
+        shards: dict[str, Tensor] = {}
+        if told["shards"]:
+            if len(list((folder / SHARDS).iterdir())) != told["shards"]:
+                raise CheckpointError("files of shards are missing")
+            shards = read_shards(folder / SHARDS, learner.like())
+        tensors, moments = load_file(folder / "model.safetensors"), load_file(folder / "optimizer.safetensors")
+        tensors |= {name: value for name, value in shards.items() if "/" not in name}
+        moments |= {name: value for name, value in shards.items() if "/" in name}
+        return _Read(told, tensors, moments, random)
 
     def _put(self, read: _Read, learner: Learner) -> Position:
         learner.restore(read.tensors, read.moments, read.told)
@@ -185,12 +225,20 @@ class Checkpoints:
         return Position(**{name: told[name] for name in names})
 
     def _write(
-        self, partial: Path, target: Path, tensors: dict[str, Tensor], moments: dict[str, Tensor], told: dict[str, Any]
+        self,
+        partial: Path,
+        target: Path,
+        files: dict[str, dict[str, Tensor]],
+        told: dict[str, Any],
+        shards: Future[Any] | None,
     ) -> None:
-        save_file(tensors, partial / "model.safetensors")
-        save_file(moments, partial / "optimizer.safetensors")
+        for name, tensors in files.items():
+            save_file(tensors, partial / f"{name}.safetensors")
+        if shards is not None:
+            shards.result()  # the first worker's ends when all have written
+        told["shards"] = len(list((partial / SHARDS).iterdir()))
         (partial / "state.json").write_text(json.dumps(told), encoding="utf-8")
-        for file in partial.iterdir():
+        for file in partial.rglob("*.*"):
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
         shutil.rmtree(target, ignore_errors=True)  # a damaged one, which the run went back behind
@@ -207,6 +255,12 @@ class _Read:
     tensors: dict[str, Tensor]
     moments: dict[str, Tensor]
     random: dict[str, Tensor] | None
+
+
+def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU of what is not sharded."""
+    whole = {name: value for name, value in tensors.items() if not isinstance(value, DTensor)}
+    return {name: value.detach().to("cpu", copy=True) for name, value in whole.items()}
 
 
 def _random_state(device: torch.device) -> dict[str, Tensor]:

@@ -9,13 +9,13 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, load_model, save_file, save_model
 
 from chiasm.config import Part
 from chiasm.errors import CheckpointError
 from chiasm.vlm import VLM
+from chiasm_experiments.training.shards import copy_whole, is_sharded, load_sharded, whole_state, whole_tensors
 
 RUN, MANIFEST, QUESTIONS, METRICS = "run.json", "manifest.json", "questions.parquet", "metrics.jsonl"
 
@@ -40,13 +40,18 @@ def read_json(path: Path) -> Any:
         raise CheckpointError(f"{str(path)!r} cannot be read: {error}") from error
 
 
-def save_parts(vlm: VLM, folder: Path, parts: Iterable[Part], whole: Collection[Part] = ()) -> None:
+def save_parts(
+    vlm: VLM, folder: Path, parts: Iterable[Part], whole: Collection[Part] = (), *, write: bool = True
+) -> None:
     """Writes `PART.safetensors` for each part with a state, and their list last: without it a folder is unfinished.
 
     Of a part that can learn in some of its parameters alone, such as a language model with LoRA, only those are
     written, unless `whole` names it: its other weights stand nowhere else.
+
+    Called on every worker, as they gather what they hold shards of; the one that is told to `write` does.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    if write:
+        folder.mkdir(parents=True, exist_ok=True)
     written = []
     for part in parts:
         module = vlm.part(part)
@@ -54,13 +59,20 @@ def save_parts(vlm: VLM, folder: Path, parts: Iterable[Part], whole: Collection[
             continue
         temporary = folder / f".{part}.{os.getpid()}"
         learned = vlm.trainable(part)
-        if part in whole or len(learned) == len(list(module.parameters())):
+        every = part in whole or len(learned) == len(list(module.parameters()))
+        if is_sharded(module):
+            tensors = whole_state(module, keep=write) if every else whole_tensors(learned, keep=write)
+            if write:
+                save_file(tensors, str(temporary))
+        elif write and every:
             save_model(module, str(temporary))
-        else:
+        elif write:
             save_file({name: p.detach().contiguous() for name, p in learned.items()}, str(temporary))
-        os.replace(temporary, folder / f"{part}.safetensors")
+        if write:
+            os.replace(temporary, folder / f"{part}.safetensors")
         written.append(part)
-    write_json(folder / "parts.json", written)
+    if write:
+        write_json(folder / "parts.json", written)
 
 
 def has_parts(folder: Path) -> bool:
@@ -89,13 +101,13 @@ def _load(vlm: VLM, part: Part, file: str) -> None:
     with safe_open(file, framework="pt") as stored:
         some = set(stored.keys()) == set(learned)
     if not some or len(learned) == len(list(vlm.part(part).parameters())):
-        load_model(vlm.part(part), file, strict=True)
+        if is_sharded(vlm.part(part)):
+            load_sharded(vlm.part(part), file)
+        else:
+            load_model(vlm.part(part), file, strict=True)
         return
-    with torch.no_grad():
-        for name, value in load_file(file).items():
-            if value.shape != learned[name].shape:  # copy_ would stretch a single row
-                raise ValueError(f"{name} is {tuple(value.shape)}, wanted {tuple(learned[name].shape)}")
-            learned[name].copy_(value)
+    for name, value in load_file(file).items():
+        copy_whole(name, learned[name], value)
 
 
 class MetricsLog:

@@ -17,11 +17,17 @@ def compute_dtype(run: RunConfig, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if run.precision == "bfloat16" else torch.float32
 
 
-def place(vlm: VLM, run: RunConfig, device: torch.device) -> None:
+def place(vlm: VLM, run: RunConfig, device: torch.device, llm_device: torch.device | None = None) -> None:
     """Moves the model to the device: what any stage trains in float32, what is always frozen in the compute dtype.
 
     Small steps vanish in bfloat16 weights, so what learns keeps float32 and autocast computes in bfloat16. Of a
     language model with LoRA only its matrices learn: the rest is frozen.
+
+    Args:
+        vlm: the model.
+        run: its run.
+        device: where it is computed with.
+        llm_device: where the language model is held instead, until it is sharded.
     """
     dtype = compute_dtype(run, device)
     for part in PARTS:
@@ -30,7 +36,7 @@ def place(vlm: VLM, run: RunConfig, device: torch.device) -> None:
     learned = {id(p) for p in vlm.trainable("llm").values()} if "llm" in run.trained else set()
     # buffers keep their dtype: bfloat16 frequencies turn a position of 2000 by up to 3 radians too much. Quantised
     # weights are integers, which are no number format to choose
-    for parameter in vlm.llm.to(device).parameters():
+    for parameter in vlm.llm.to(llm_device or device).parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(torch.float32 if id(parameter) in learned else dtype)
 

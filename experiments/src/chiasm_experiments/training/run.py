@@ -23,6 +23,7 @@ from chiasm_experiments.loggers import Listeners, chosen
 from chiasm_experiments.training import environment
 from chiasm_experiments.training.cache import WarmParts, content_identity
 from chiasm_experiments.training.caching import CacheDecision, decide
+from chiasm_experiments.training.choice import choose
 from chiasm_experiments.training.execution import Execution
 from chiasm_experiments.training.files import (
     MANIFEST,
@@ -33,7 +34,6 @@ from chiasm_experiments.training.files import (
     write_json,
 )
 from chiasm_experiments.training.overview import overview
-from chiasm_experiments.training.precision import place
 from chiasm_experiments.training.shared import stage_folder
 from chiasm_experiments.training.stage import check_stage
 from chiasm_experiments.training.stages import Progress, Stages
@@ -105,7 +105,8 @@ def _execute(
     warm = warm or WarmParts(FeatureMemo(job.memo_bytes))
     warm.retain(run)
     vlm = build_vlm(run, partial(warm.load, run))
-    place(vlm, run, workers.device)
+    strategy, why = choose(job.execution, run, vlm, workers)
+    strategy.place(run)
     loaders = job.execution.loaders(workers.device)
     mixtures = [load_mixture(stage.data) for stage in run.stages]
     cache = decide(vlm, run, job.execution, mixtures, job.labels, workers)
@@ -113,16 +114,19 @@ def _execute(
     for stage, mixture in zip(run.stages, mixtures, strict=True):
         check_stage(stage, feed, mixture)
     benchmarks = load_benchmarks(run.evaluate)
-    manifest = _begin(job, run, vlm, workers, cache)
+    manifest = _begin(job, run, vlm, workers, {"name": strategy.name, "why": why}, cache)
     if workers.first:
         listeners.tell("chiasm_run_started", folder=folder, manifest=manifest)
     loaded = time.perf_counter()
-    stages = Stages(job, run, vlm, mixtures, feed, workers, progress, listeners, manifest["environment"]).train()
+    stages = Stages(
+        job, run, vlm, mixtures, feed, workers, strategy, progress, listeners, manifest["environment"]
+    ).train()
     trained = time.perf_counter()
 
     if workers.first:
         progress("evaluate", 0, 1, {})
-    rows = evaluate(vlm, run, feed, benchmarks, workers)
+    with strategy.whole():  # workers answer different numbers of questions, at lengths of their own
+        rows = evaluate(vlm, run, feed, benchmarks, workers)
     ended = time.perf_counter()
     manifest |= {
         "status": "complete",
@@ -194,7 +198,7 @@ def _earlier(run: RunConfig, folder: Path) -> dict[str, Any] | None:
     return None
 
 
-def _begin(job: Job, run: RunConfig, vlm: VLM, workers: Workers, cache: CacheDecision) -> dict[str, Any]:
+def _begin(job: Job, run: RunConfig, vlm: VLM, workers: Workers, strategy: dict[str, str], cache: CacheDecision) -> dict[str, Any]:
     """The manifest as it stands before training."""
     vlm.set_trained(run.trained)
     counts = vlm.counts()
@@ -205,6 +209,7 @@ def _begin(job: Job, run: RunConfig, vlm: VLM, workers: Workers, cache: CacheDec
         "error": None,
         "run": run.model_dump(mode="json"),
         "workers": workers.size,
+        "strategy": strategy,
         "visual_tokens": vlm.views.most_tokens,
         "training": overview(vlm, run, workers.device),
         "cache": cache.told,

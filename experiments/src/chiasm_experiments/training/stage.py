@@ -21,6 +21,7 @@ from chiasm_experiments.training.meter import Metrics
 from chiasm_experiments.training.optim import make_optimizer, make_schedule
 from chiasm_experiments.training.precision import autocast
 from chiasm_experiments.training.sight import NOTHING, Sight
+from chiasm_experiments.training.strategy import Alone, Strategy, idle_batch
 from chiasm_experiments.training.workers import Workers
 
 OnStep = Callable[[int, int, Metrics], None]
@@ -58,6 +59,7 @@ def train_stage(
     loader_workers: int = 0,
     checkpoints: Checkpoints | None = None,
     sight: Sight = NOTHING,
+    strategy: Strategy | None = None,
 ) -> StageResult:
     """Trains the parts that a stage names, in place; goes on from its newest checkpoint where it has one.
 
@@ -75,6 +77,7 @@ def train_stage(
         loader_workers: processes that make samples ready.
         checkpoints: of this stage; None: none are written.
         sight: what is measured and traced.
+        strategy: how the workers share the work; None: there is one worker.
 
     Raises:
         DivergedError: the loss is not finite.
@@ -85,6 +88,8 @@ def train_stage(
     steps = stage.steps or order.steps(stage.epochs)
     vlm.set_trained(stage.train)
     vlm.train()
+    strategy = strategy or Alone(workers, vlm)
+    forward = strategy.stage()
     optimizer = make_optimizer(vlm, stage)
     schedule = make_schedule(optimizer, stage, steps)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
@@ -116,16 +121,19 @@ def train_stage(
         position.cut_positions += int(workers.sum(sum(example.prompt.cut for example in examples)))
         loss_sum = 0.0
         size = stage.micro_batch_size or max(1, len(examples))
-        for first in range(0, len(examples), size):
-            batch = feed.batch(examples[first : first + size], workers.device)
-            with autocast(run, workers.device):
-                loss, _ = vlm(batch)
-            (loss / tokens).backward()
+        parts = [examples[first : first + size] for first in range(0, len(examples), size)]
+        idle = max(0, strategy.rounds(len(parts)) - len(parts))
+        for i, part in enumerate([*parts, *[[]] * idle]):
+            batch = feed.batch(part, workers.device) if part else idle_batch(workers.device)
+            with strategy.micro_batch(last=i + 1 == len(parts) + idle):
+                with autocast(run, workers.device):
+                    loss, _ = forward(batch)
+                torch.autograd.backward(loss / tokens)
             loss_sum += float(loss.detach())
-        workers.sum_gradients(trained)
+        strategy.finish(trained)
         mean = workers.sum(loss_sum) / tokens
         rate = optimizer.param_groups[0]["lr"]
-        norm = torch.nn.utils.clip_grad_norm_(trained, stage.clip_norm or math.inf)
+        norm = strategy.clip(trained, stage.clip_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         schedule.step()

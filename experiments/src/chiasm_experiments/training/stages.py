@@ -31,6 +31,7 @@ from chiasm_experiments.training.precision import compute_dtype
 from chiasm_experiments.training.shared import Claim, claim, refer, stage_folder
 from chiasm_experiments.training.sight import Sight
 from chiasm_experiments.training.stage import train_stage
+from chiasm_experiments.training.strategy import Strategy
 from chiasm_experiments.training.workers import Workers
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class Stages:
         mixtures: the data of each stage.
         feed: makes batches.
         workers: this worker among all.
+        strategy: how they share the work.
         progress: told of every step.
         listeners: told of every step, too.
         environment: versions, which a shared result's key holds.
@@ -64,6 +66,7 @@ class Stages:
     mixtures: Sequence[Mixture]
     feed: Feed
     workers: Workers
+    strategy: Strategy
     progress: Progress
     listeners: Listeners
     environment: dict[str, Any]
@@ -140,12 +143,14 @@ class Stages:
                 loaders,
                 checkpoints,
                 sight=self._sight(index),
+                strategy=self.strategy,
             )
             result = {"name": stage.name, "train": list(stage.train), **asdict(ended)}
             result["trained_by"] = job.folder
             if workers.first:
                 write_json(folder / RESULT, result)
-                save_parts(self.vlm, folder, _parts_to_save(self.run, index), random_parts(self.run))
+            parts = _parts_to_save(self.run, index)
+            save_parts(self.vlm, folder, parts, random_parts(self.run), write=workers.first)
             checkpoints.clear()
             workers.barrier()
         return result

@@ -41,24 +41,36 @@ class Workers:
         dist.all_reduce(total)
         return float(total)
 
-    def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Adds the gradients of all workers in place, in one message; an absent gradient counts as zero.
+    def most(self, value: int) -> int:
+        """The largest of a number over all workers."""
+        if self.size == 1:
+            return value
+        largest = torch.tensor(value, device=self.device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return int(largest)
 
-        Every worker sends every trained tensor, so workers whose batch has no image cannot leave others waiting.
+    def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Adds the gradients of all workers in place, in one message; one that no worker has stays absent.
+
+        Every worker sends the same tensors, so workers whose batch has no image cannot leave others waiting.
         """
         if self.size == 1:
             return
         parameters = list(parameters)
-        for parameter in parameters:
+        held = torch.tensor([parameter.grad is not None for parameter in parameters], device=self.device).int()
+        dist.all_reduce(held)
+        used = [parameter for parameter, count in zip(parameters, held.tolist(), strict=True) if count]
+        if not used:
+            return
+        gradients = []
+        for parameter in used:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            gradients.append(parameter.grad)
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         dist.all_reduce(flat)
-        first = 0
-        for gradient in gradients:
-            gradient.copy_(flat[first : first + gradient.numel()].view_as(gradient))
-            first += gradient.numel()
+        for gradient, total in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
+            gradient.copy_(total.view_as(gradient))
 
     def barrier(self) -> None:
         """Waits for all workers."""
