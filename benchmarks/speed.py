@@ -9,24 +9,37 @@ Shape letters: B samples, T positions.
 from __future__ import annotations
 
 import gc
+import json
+import random
+import statistics
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
+from chiasm.batch import Batch
 from chiasm.build import build_vlm
 from chiasm.config import RunConfig
 from chiasm.prompt import IGNORE, Position, Prompt
 from chiasm.vlm import VLM
-from chiasm_experiments.training.precision import place
+from chiasm_experiments.training.execution import Execution
+from chiasm_experiments.training.files import METRICS
+from chiasm_experiments.training.local import run_here
+from chiasm_experiments.training.optim import make_optimizer
+from chiasm_experiments.training.precision import autocast, place
+from chiasm_experiments.training.run import Job
 
 TEXT, ANSWER = 64, 48
 """Positions beside the image's, and those of them that are supervised."""
 
 CLIP = {"name": "clip", "layers": -2}
-DINO = {"name": "dinov2", "layers": -2}
+DINO = {"name": "dinov2", "shape": {"image_size": 336}, "layers": -2}
 SHAPES: dict[str, dict[str, Any]] = {
     "mistral-7b": {},
     "135m": {"width": 576, "depth": 30, "heads": 9, "kv_heads": 3, "mlp_width": 1536, "vocabulary": 49152},
@@ -73,6 +86,76 @@ def prompt(vlm: VLM, visual: int, generator: torch.Generator, text: int = TEXT, 
         [*kinds, *[Position.TEXT] * len(ids)],
         [*[IGNORE] * (head + len(ids) - answer), *ids[-answer:]],
     )
+
+
+def our_step(vlm: VLM, run: RunConfig, batches: Callable[[], Batch]) -> Callable[[], Any]:
+    """One optimiser step of stage 1 on what `batches` gives, which lies on the GPU."""
+    vlm.set_trained(run.stages[0].train)
+    vlm.train()
+    optimizer = make_optimizer(vlm, run.stages[0])
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def step() -> Any:
+        batch = batches()
+        with autocast(run, torch.device("cuda")):
+            loss, tokens = vlm(batch)
+        (loss / int(tokens)).backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return step
+
+
+@contextmanager
+def captions(images: int, text: int = TEXT, answer: int = ANSWER) -> Iterator[dict[str, Any]]:
+    """A data set of JPEGs of 640 x 480 with a caption each, on the disk; sequences are 576 + `text` positions long."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        with ProcessPoolExecutor() as pool:
+            list(pool.map(_draw, [folder / f"{i}.jpg" for i in range(images)], chunksize=32))
+        # SOI, EOI, USER, BOT and EOS are the others; the tokenizer has one id for each byte
+        turns = [
+            {"from": "human", "value": "<image>\n" + "q" * (text - answer - 4)},
+            {"from": "gpt", "value": "a" * (answer - 1)},
+        ]
+        records = [{"id": str(i), "image": f"{i}.jpg", "conversations": turns} for i in range(images)]
+        (folder / "data.json").write_text(json.dumps(records))
+        yield {"name": "llava", "file": str(folder / "data.json")}
+
+
+def _draw(path: Path) -> None:
+    from PIL import Image
+
+    noise = random.Random(path.name).randbytes(80 * 60 * 3)
+    # enlarged noise compresses about as a photograph does
+    Image.frombytes("RGB", (80, 60), noise).resize((640, 480), Image.Resampling.BICUBIC).save(path, quality=90)
+
+
+def loop(run: RunConfig, data: dict[str, Any], epochs: int, **execution: Any) -> dict[str, float]:
+    """What `chiasm train` does with a data set on the disk: the middle step of the last epoch, in samples a second."""
+    values = run.model_dump(mode="json")
+    values["stages"][0] |= {"data": [data], "steps": None, "epochs": epochs}
+    with tempfile.TemporaryDirectory() as folder:
+        labels = {"trial": "speed", "study": None, "cell": {}}
+        settings = Execution.model_validate(
+            {"checkpoint_seconds": 3600, "cache_folder": f"{folder}/cache", **execution}
+        )
+        checked = RunConfig.model_validate(values)
+        started = time.perf_counter()
+        manifest = run_here(Job(checked.model_dump(mode="json"), f"{folder}/run", labels, settings), quiet=True)
+        seconds = time.perf_counter() - started
+        rows = [json.loads(line) for line in (Path(folder) / "run" / METRICS).read_text().splitlines()]
+    last = rows[-(len(rows) // epochs) + 2 :]
+    print(json.dumps({"cache": manifest.get("cache"), "compiled": manifest.get("compiled")}), flush=True)
+    middle = {name: statistics.median(row[name] for row in last) for name in ("samples_per_second", "data_wait")}
+    return middle | {
+        "least": min(row["samples_per_second"] for row in last),
+        "steps": len(last),
+        "peak_gib": manifest["peak_gpu_bytes"] / 2**30,
+        "seconds_in_all": seconds,
+    }
 
 
 def make_peer(llm: str) -> torch.nn.Module:
