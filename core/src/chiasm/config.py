@@ -126,8 +126,9 @@ class StageConfig(Settings):
     """On matrices alone: biases, normalisations and learned tokens are never decayed."""
     batch_size: int = Field(gt=0)
     """Samples of one optimiser step, over all workers."""
-    micro_batch_size: int | None = Field(default=None, gt=0)
-    """Samples of one forward pass on one worker; null: all of its share."""
+    micro_batch_size: PositiveInt | Literal["auto"] | None = None
+    """Samples of one forward pass on one worker; it changes nothing but rounding. null: all of its share; auto: as many
+    of it as a GPU's memory takes, found when the stage starts."""
     epochs: float = Field(default=1.0, gt=0)
     steps: int | None = Field(default=None, gt=0)
     """Optimiser steps; overrides `epochs`."""

@@ -213,7 +213,8 @@ def saved_bytes(forward: Callable[[], Tensor], module: nn.Module) -> int:
 
 
 def _micro_batch(stage: StageConfig) -> int:
-    return stage.micro_batch_size or stage.batch_size
+    """What a stage says; 1 where it is found when the stage starts, since no less can be."""
+    return 1 if stage.micro_batch_size == "auto" else stage.micro_batch_size or stage.batch_size
 
 
 def train_flops(

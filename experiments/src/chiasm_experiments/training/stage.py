@@ -17,11 +17,13 @@ from chiasm_experiments.data.loader import load_steps
 from chiasm_experiments.data.mixture import Mixture
 from chiasm_experiments.data.order import Order
 from chiasm_experiments.training.checkpoint import Checkpoints, Learner, Position
+from chiasm_experiments.training.execution import Choice
+from chiasm_experiments.training.memory import explained, fit_memory
 from chiasm_experiments.training.meter import Metrics
 from chiasm_experiments.training.optim import make_optimizer, make_schedule
 from chiasm_experiments.training.precision import autocast
 from chiasm_experiments.training.sight import NOTHING, Sight
-from chiasm_experiments.training.strategy import Alone, Strategy, idle_batch
+from chiasm_experiments.training.strategy import Alone, Sharded, Strategy, idle_batch
 from chiasm_experiments.training.workers import Workers
 
 OnStep = Callable[[int, int, Metrics], None]
@@ -46,6 +48,9 @@ class StageResult:
     last_loss: float
     """Mean over the last tenth of the steps."""
     seconds: float
+    micro_batch: int
+    """Samples of one forward pass on one worker."""
+    activation_checkpointing: bool
 
 
 def train_stage(
@@ -59,6 +64,7 @@ def train_stage(
     loader_workers: int = 0,
     checkpoints: Checkpoints | None = None,
     sight: Sight = NOTHING,
+    activation_checkpointing: Choice = "auto",
     strategy: Strategy | None = None,
 ) -> StageResult:
     """Trains the parts that a stage names, in place; goes on from its newest checkpoint where it has one.
@@ -77,6 +83,7 @@ def train_stage(
         loader_workers: processes that make samples ready.
         checkpoints: of this stage; None: none are written.
         sight: what is measured and traced.
+        activation_checkpointing: of the language model's blocks.
         strategy: how the workers share the work; None: there is one worker.
 
     Raises:
@@ -90,6 +97,8 @@ def train_stage(
     vlm.train()
     strategy = strategy or Alone(workers, vlm)
     forward = strategy.stage()
+    shards = isinstance(strategy, Sharded)
+    fit = fit_memory(vlm, run, index, samples, feed, workers, activation_checkpointing, shards=shards)
     optimizer = make_optimizer(vlm, stage)
     schedule = make_schedule(optimizer, stage, steps)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
@@ -120,12 +129,12 @@ def train_stage(
         tokens = int(workers.sum(sum(example.prompt.supervised for example in examples)))
         position.cut_positions += int(workers.sum(sum(example.prompt.cut for example in examples)))
         loss_sum = 0.0
-        size = stage.micro_batch_size or max(1, len(examples))
+        size = fit.micro_batch
         parts = [examples[first : first + size] for first in range(0, len(examples), size)]
         idle = max(0, strategy.rounds(len(parts)) - len(parts))
         for i, part in enumerate([*parts, *[[]] * idle]):
             batch = feed.batch(part, workers.device) if part else idle_batch(workers.device)
-            with strategy.micro_batch(last=i + 1 == len(parts) + idle):
+            with explained(stage, fit), strategy.micro_batch(last=i + 1 == len(parts) + idle):
                 with autocast(run, workers.device):
                     loss, _ = forward(batch)
                 torch.autograd.backward(loss / tokens)
@@ -166,6 +175,8 @@ def train_stage(
         first_loss=losses[0],
         last_loss=sum(tail) / len(tail),
         seconds=position.seconds,
+        micro_batch=fit.micro_batch,
+        activation_checkpointing=fit.checkpointing,
     )
 
 

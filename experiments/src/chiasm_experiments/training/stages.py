@@ -143,6 +143,7 @@ class Stages:
                 loaders,
                 checkpoints,
                 sight=self._sight(index),
+                activation_checkpointing=job.execution.activation_checkpointing,
                 strategy=self.strategy,
             )
             result = {"name": stage.name, "train": list(stage.train), **asdict(ended)}
