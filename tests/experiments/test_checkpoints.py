@@ -54,7 +54,7 @@ def run_config(**stage) -> RunConfig:
     return RunConfig.model_validate(values)
 
 
-def train(vlm, folder, stop_after: int | None = None, log: list | None = None, seconds: float = 0):
+def train(vlm, folder, stop_after: int | None = None, log: list | None = None, seconds: float = 0, **stage):
     builder = PromptBuilder(vlm.llm, TokensConfig(), vlm.visual_tokens, "")
     checkpoints = Checkpoints(folder, ALONE, seconds)
 
@@ -67,7 +67,7 @@ def train(vlm, folder, stop_after: int | None = None, log: list | None = None, s
 
     try:
         return train_stage(
-            vlm, run_config(), 0, Mixture([Texts()]), Feed(vlm, builder), ALONE, on_step, checkpoints=checkpoints
+            vlm, run_config(**stage), 0, Mixture([Texts()]), Feed(vlm, builder), ALONE, on_step, checkpoints=checkpoints
         )
     finally:
         checkpoints.close()
@@ -105,6 +105,22 @@ def test_a_stage_that_was_stopped_ends_with_the_same_bits(learner, tmp_path, und
     assert found.first_loss == result.first_loss
     assert found.supervised_tokens == result.supervised_tokens
     assert found.steps == STEPS
+
+
+def test_adafactor_goes_on_with_the_same_bits(learner, tmp_path):
+    """Its state is of other shapes than the parameters, and its steps depend on how many there were."""
+    whole, part, last = learner(), learner(), learner()
+    train(whole, tmp_path / "whole", optimizer="adafactor")
+    with pytest.raises(StoppedError):
+        train(part, tmp_path / "stage", stop_after=4, optimizer="adafactor")
+    assert any(not torch.equal(weights(part)[name], value) for name, value in weights(whole).items())
+    log: list = []
+    train(last, tmp_path / "stage", log=log, optimizer="adafactor")
+    assert [step for step, *_ in log] == [4, 5, 6, 7]
+    assert_equal(weights(last), weights(whole))
+    plain = learner()
+    train(plain, tmp_path / "plain")
+    assert any(not torch.equal(weights(plain)[name], value) for name, value in weights(whole).items())
 
 
 def test_other_weights_at_the_start_change_nothing_of_what_is_resumed(learner, tmp_path, undisturbed):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     Field,
@@ -24,6 +24,8 @@ from chiasm.yamlfile import Document, Location, Problem, load_yaml, problems_of
 
 Part = Literal["encoders", "fusion", "adapter", "tokens", "llm"]
 """The parts of a model that a stage can train."""
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 PARTS: tuple[Part, ...] = ("encoders", "fusion", "adapter", "tokens", "llm")
 
@@ -118,12 +120,14 @@ class StageConfig(Settings):
     """Data sets, joined; a path to a YAML file includes its list."""
     train: tuple[Part, ...] = Field(min_length=1)
     """The parts that learn; all others are frozen and in eval mode."""
-    optimizer: Literal["adamw"] = "adamw"
+    optimizer: Literal["adamw", "adafactor"] = "adamw"
+    """adafactor: as OmniFusion's released code, with the given rate scaled by each parameter's size."""
     lr: PositiveFloat | dict[Part, PositiveFloat]
-    """Peak learning rate, or one for each trained part."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = Field(default=0.0, ge=0)
-    """On matrices alone: biases, normalisations and learned tokens are never decayed."""
+    """Peak learning rate, or one for each trained part; of adafactor relative to a parameter's root mean square."""
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    """Of adamw; adafactor keeps no first moment, and its second one forgets by a rule of its own."""
+    weight_decay: float = Field(default=0.0, ge=0, le=1)
+    """On matrices alone: never on biases, normalisations, learned tokens, positions, queries and embeddings."""
     batch_size: int = Field(gt=0)
     """Samples of one optimiser step, over all workers."""
     micro_batch_size: PositiveInt | Literal["auto"] | None = None
@@ -149,6 +153,20 @@ class StageConfig(Settings):
         rates = self.lr if isinstance(self.lr, dict) else dict.fromkeys(self.train, self.lr)
         if set(rates) != set(self.train):
             raise ValueError(f"lr: wanted one rate for each of {list(self.train)}, given {list(rates)}")
+        if len(set(self.train)) < len(self.train):
+            raise ValueError(f"train: wanted each part once, given {list(self.train)}")
+        return self
+
+    @model_validator(mode="after")
+    def _step(self) -> Self:
+        # not the fields that were set: a configuration that was written out names all of them
+        if self.optimizer == "adafactor" and self.betas != type(self).model_fields["betas"].default:
+            raise ValueError(f"betas: adafactor has none, given {list(self.betas)}; leave them out, or use adamw")
+        if isinstance(self.micro_batch_size, int) and self.micro_batch_size > self.batch_size:
+            raise ValueError(
+                f"micro_batch_size: {self.micro_batch_size} samples are more than the step's {self.batch_size} "
+                "(batch_size); give at most as many"
+            )
         return self
 
     def rate(self, part: Part) -> float:

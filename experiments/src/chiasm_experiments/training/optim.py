@@ -3,29 +3,64 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from chiasm.config import StageConfig
+from chiasm.errors import ConfigError
 from chiasm.vlm import VLM
 
 
 def make_optimizer(vlm: VLM, stage: StageConfig) -> Optimizer:
-    """AdamW with a group for each trained part and for what is decayed.
+    """The stage's optimiser, with a group for each trained part and for what is decayed.
 
-    Weight decay acts on matrices of the parts alone: never on biases, normalisations or the learned tokens.
+    Raises:
+        ConfigError: nothing would be trained, or Adafactor is to train what workers hold shards of.
     """
-    groups = []
+    groups: list[dict[str, Any]] = []
     for part in stage.train:
-        trained = [p for p in vlm.part(part).parameters() if p.requires_grad]
-        decayed = [p for p in trained if p.ndim >= 2 and part != "tokens"]
-        plain = [p for p in trained if p.ndim < 2 or part == "tokens"]
-        for params, decay in ((decayed, stage.weight_decay), (plain, 0.0)):
+        module = vlm.part(part)
+        decays = decayed(module)
+        trained = [p for p in module.parameters() if p.requires_grad]
+        for decay in (True, False):
+            params = [p for p in trained if (id(p) in decays) is decay]
             if params:
-                groups.append({"params": params, "lr": stage.rate(part), "weight_decay": decay, "part": part})
-    fused = vlm.tokens.vectors.is_cuda
-    return AdamW(groups, betas=stage.betas, fused=fused)
+                weight_decay = stage.weight_decay if decay else 0.0
+                groups.append({"params": params, "lr": stage.rate(part), "weight_decay": weight_decay, "part": part})
+    if not groups:
+        raise ConfigError(f"stage {stage.name!r}: none of {list(stage.train)} has a parameter that could be trained")
+    if stage.optimizer == "adafactor":
+        from chiasm_experiments.training.adafactor import Adafactor
+
+        if any(isinstance(p, DTensor) for group in groups for p in group["params"]):
+            raise ConfigError(
+                f"stage {stage.name!r}: adafactor takes sums over whole rows and columns and cannot train shards; "
+                "execute with strategy=ddp, or train with adamw"
+            )
+        return Adafactor(groups)
+    return AdamW(groups, betas=stage.betas, fused=vlm.tokens.vectors.is_cuda)
+
+
+def decayed(module: nn.Module) -> set[int]:
+    """Ids of the parameters that weight decay draws to 0: the matrices that features are multiplied with.
+
+    Never biases, normalisations and scalars, even where a layer stacks them; nor vectors that are learned themselves
+    and would lose what they stand for: the learned tokens, positions, queries, class tokens, and tables of embeddings,
+    unless the output head is tied to them. torch's layers, and those who follow them, call a matrix `weight` or
+    `..._weight`.
+    """
+    found = set()
+    for child in module.modules():
+        if isinstance(child, nn.Embedding | nn.LayerNorm | nn.RMSNorm):
+            continue
+        for name, parameter in child.named_parameters(recurse=False):
+            if parameter.ndim >= 2 and name.endswith("weight") and "norm" not in name:
+                found.add(id(parameter))
+    return found
 
 
 def make_schedule(optimizer: Optimizer, stage: StageConfig, steps: int) -> LambdaLR:
