@@ -83,12 +83,12 @@ def test_a_record_of_zeros_or_half_a_record_is_none(tmp_path):
 
 
 def test_the_size_is_kept_and_what_was_used_last_stays(tmp_path):
-    limit = 2**21
+    limit = 2**20
     writer = shelf(tmp_path, limit)
     count = 3 * limit // features(0).nbytes
     for number in range(count):
         writer.put(f"image{number}", features(number))
-        if number % 500 == 0:
+        if number % 250 == 0:
             for age, data in enumerate(sorted(tmp_path.glob("*/*.data"), key=lambda path: path.stat().st_mtime_ns)):
                 os.utime(data, (age, age))  # a clock too coarse for a test
             first = shelf(tmp_path, limit)

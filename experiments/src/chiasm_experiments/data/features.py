@@ -128,7 +128,7 @@ class FrozenFeatures:
         counts = {key: shelf.views(key) for key in dict.fromkeys(keys) if key not in self._pending}
         known = {key: views for key, views in counts.items() if views is not None}
         whole_IVLND = torch.empty(sum(known.values()), *shelf.view, dtype=shelf.dtype, pin_memory=pin)
-        rows = dict(zip(known, whole_IVLND.split(list(known.values())), strict=True))
+        rows = dict(zip(known, torch.split(whole_IVLND, list(known.values())), strict=True))
         if self._readers is None:
             self._readers = ThreadPoolExecutor(READERS, "chiasm-read")
         read = list(self._readers.map(lambda item: shelf.read(*item), rows.items()))
@@ -166,6 +166,16 @@ class FrozenFeatures:
             write.result()
         self._writes.clear()
 
+    def close(self) -> None:
+        """Writes what is to be written and gives files and threads back."""
+        self.flush()
+        for threads in (self._writer, self._readers):
+            if threads is not None:
+                threads.shutdown()
+        self._writer = self._readers = None
+        if self.shelf is not None:
+            self.shelf.close()
+
     def _find(self, key: str, device: torch.device) -> Tensor | None:
         row = self._pending.get(key)
         if row is None and self.memo is not None:
@@ -195,7 +205,7 @@ class FrozenFeatures:
             self._release(keys)
             raise
         self.computed += len(keys)
-        rows = dict(zip(keys, tokens_ILND.split([len(views) for views in pixels]), strict=True))
+        rows = dict(zip(keys, torch.split(tokens_ILND, [len(views) for views in pixels]), strict=True))
         if self.memo is not None:
             for key, row in rows.items():
                 self.memo.put((self.identity, key), row.clone())
@@ -211,8 +221,7 @@ class FrozenFeatures:
             return
         host_ILND = torch.empty(tokens_ILND.shape, dtype=tokens_ILND.dtype, pin_memory=True)
         host_ILND.copy_(tokens_ILND, non_blocking=True)
-        copied = torch.cuda.Event()
-        copied.record()
+        copied = torch.cuda.current_stream(tokens_ILND.device).record_event()
         self._pending |= rows
         if self._writer is None:
             self._writer = ThreadPoolExecutor(1, "chiasm-write")
@@ -225,7 +234,7 @@ class FrozenFeatures:
         try:
             if copied is not None:
                 copied.synchronize()
-            parts = host_ILND.split([len(row) for row in rows.values()])
+            parts = torch.split(host_ILND, [len(row) for row in rows.values()])
             for key, part_VLND in zip(rows, parts, strict=True):
                 if self.shelf.keeps(key):
                     self.shelf.put(key, part_VLND)

@@ -151,6 +151,11 @@ class Feed:
         for features in self.features:
             features.flush()
 
+    def close(self) -> None:
+        """Writes what is to be written and gives files and threads back."""
+        for features in self.features:
+            features.close()
+
     def _features(self, examples: Sequence[Example], k: int, device: torch.device) -> Features:
         """Features of all images in order: known ones looked up, the others encoded in one batch."""
         wanted = [

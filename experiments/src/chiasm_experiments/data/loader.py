@@ -86,7 +86,7 @@ def _from_processes(
     feed.flush()  # no thread of ours holds a lock at the fork
     if context is None:
         context = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
-    chunks = [step[first : first + CHUNK] for step in steps for first in range(0, len(step), CHUNK)]
+    chunks = [list(step[first : first + CHUNK]) for step in steps for first in range(0, len(step), CHUNK)]
     loader: DataLoader[Any] = DataLoader(
         _Examples(samples, feed),
         batch_sampler=chunks,

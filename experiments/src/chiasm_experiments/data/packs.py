@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import fcntl
 import os
+import weakref
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,12 +49,11 @@ class Pack:
         self.path = path
         self.seen = 0
         """Records looked at so far."""
-        self._index = os.open(path, os.O_RDWR)
-        try:
-            self._data = os.open(path.with_suffix(".data"), os.O_RDWR)
-        except OSError:
-            os.close(self._index)
-            raise
+        with ExitStack() as opened:
+            self._index = _open(opened, path, os.O_RDWR)
+            self._data = _open(opened, path.with_suffix(".data"), os.O_RDWR)
+            self.close = weakref.finalize(self, opened.pop_all().close)
+            """Gives its files back; those of a dropped pack then leave the disk."""
 
     def news(self, size: int) -> Iterator[tuple[int, bytes]]:
         """Row and digest of each valid record behind those seen, in an index of `size` bytes."""
@@ -91,11 +92,6 @@ class Pack:
         """Notes that the pack is in use."""
         os.utime(self._data)
 
-    def close(self) -> None:
-        """Gives its files back; those of a dropped pack then leave the disk."""
-        os.close(self._index)
-        os.close(self._data)
-
 
 class PackWriter:
     """A pack to append to, which no other process appends to while this one lives.
@@ -109,13 +105,12 @@ class PackWriter:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._data = os.open(path.with_suffix(".data"), os.O_RDWR | os.O_CREAT, 0o666)
-        try:
+        with ExitStack() as opened:
+            self._data = _open(opened, path.with_suffix(".data"), os.O_RDWR | os.O_CREAT)
             fcntl.flock(self._data, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._index = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-        except OSError:
-            os.close(self._data)
-            raise
+            self._index = _open(opened, path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+            self.close = weakref.finalize(self, opened.pop_all().close)
+            """Lets another process append."""
         # what a killed writer left behind its last record
         os.ftruncate(self._index, os.fstat(self._index).st_size // RECORD * RECORD)
         self.size = os.fstat(self._data).st_size
@@ -138,10 +133,11 @@ class PackWriter:
         words[7:] = words[:7].sum(dtype=np.uint64, keepdims=True) + _MAGIC
         os.write(self._index, words.tobytes())
 
-    def close(self) -> None:
-        """Lets another process append."""
-        os.close(self._index)
-        os.close(self._data)
+
+def _open(opened: ExitStack, path: Path, flags: int) -> int:
+    file = os.open(path, flags, 0o666)
+    opened.callback(os.close, file)
+    return file
 
 
 def _valid(raw: bytes) -> np.ndarray:

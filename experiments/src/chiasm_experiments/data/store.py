@@ -236,9 +236,19 @@ class Shelf:
         except OSError as error:
             warnings.warn(f"the feature cache at {str(self.store.folder)!r} takes no more: {error}", stacklevel=2)
             self.share = 0.0
-            self.close()
+            self._end()
 
     def close(self) -> None:
+        """Gives all files back; the next call opens them again."""
+        with self._lock:
+            self._end()
+            for pack in self._packs.values():
+                pack.close()
+            self._packs.clear()
+            self._numbers.clear()
+            self._places.clear()
+
+    def _end(self) -> None:
         """Lets another process append to the pack that this one began."""
         if self._writer is not None:
             self._writer.close()
@@ -247,7 +257,7 @@ class Shelf:
     def _appendable(self) -> PackWriter:
         """The pack to append to: the one begun, one that another process left unfinished, or a new one."""
         if self._writer is not None and (self._writer.size >= self.store.pack_bytes or self._writer.gone):
-            self.close()
+            self._end()
         if self._writer is None:
             for _, size, index in _packs(self.folder.parent, self.folder.name):
                 if size < self.store.pack_bytes:

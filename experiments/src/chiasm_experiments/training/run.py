@@ -109,7 +109,8 @@ def _execute(
     strategy.place(run)
     loaders = job.execution.loaders(workers.device)
     mixtures = [load_mixture(stage.data) for stage in run.stages]
-    cache = decide(vlm, run, job.execution, mixtures, job.labels, workers)
+    in_study = job.labels.get("study") is not None
+    cache = decide(vlm, run, job.execution, mixtures, in_study, workers, partial(make_feed, vlm, run, None))
     feed = make_feed(vlm, run, warm.memo if loaders == 0 and cache.allowed else None, cache.store, cache.share)
     for stage, mixture in zip(run.stages, mixtures, strict=True):
         check_stage(stage, feed, mixture)
@@ -127,6 +128,7 @@ def _execute(
         progress("evaluate", 0, 1, {})
     with strategy.whole():  # workers answer different numbers of questions, at lengths of their own
         rows = evaluate(vlm, run, feed, benchmarks, workers)
+    feed.close()
     ended = time.perf_counter()
     manifest |= {
         "status": "complete",
