@@ -110,6 +110,7 @@ def test_a_run_that_was_stopped_after_a_stage_ends_with_the_same_weights(job, tm
         (folder / name).unlink()
     (folder / "stages/finetune/.adapter.123").write_bytes(b"half a file")
     run_here(job("stopped"), quiet=True)
+    assert not list(folder.rglob(".adapter.*"))
     for part in ("adapter", "fusion", "llm", "tokens"):
         file = f"stages/finetune/{part}.safetensors"
         if (tmp_path / "whole" / file).exists():

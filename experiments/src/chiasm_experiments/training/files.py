@@ -12,12 +12,13 @@ from typing import Any, Self
 from safetensors import safe_open
 from safetensors.torch import load_file, load_model, save_file, save_model
 
-from chiasm.config import Part
+from chiasm.config import PARTS, Part
 from chiasm.errors import CheckpointError
 from chiasm.vlm import VLM
 from chiasm_experiments.training.shards import copy_whole, is_sharded, load_sharded, whole_state, whole_tensors
 
 RUN, MANIFEST, QUESTIONS, METRICS = "run.json", "manifest.json", "questions.parquet", "metrics.jsonl"
+_WRITTEN = {RUN, MANIFEST, QUESTIONS, METRICS, "result.json", "parts.json", "shared.json", *PARTS}
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -26,6 +27,14 @@ def write_json(path: Path, value: Any) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(temporary, path)
+
+
+def remove_partial(folder: Path) -> None:
+    """Removes what a process was writing into a folder when it was killed; nobody else may be writing there."""
+    for path in folder.glob(".*.*"):
+        name, _, process = path.name[1:].rpartition(".")
+        if process.isdigit() and name in _WRITTEN:
+            path.unlink()
 
 
 def read_json(path: Path) -> Any:

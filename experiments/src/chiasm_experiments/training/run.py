@@ -31,6 +31,7 @@ from chiasm_experiments.training.files import (
     RUN,
     load_parts,
     read_json,
+    remove_partial,
     write_json,
 )
 from chiasm_experiments.training.overview import overview
@@ -224,6 +225,7 @@ def _begin(job: Job, run: RunConfig, vlm: VLM, workers: Workers, strategy: dict[
     }
     if workers.first:
         folder = Path(job.folder)
+        remove_partial(folder)
         write_json(folder / RUN, run.model_dump(mode="json"))
         write_json(folder / MANIFEST, manifest)
     return manifest

@@ -21,6 +21,7 @@ from chiasm_experiments.training.files import (
     has_parts,
     load_parts,
     read_json,
+    remove_partial,
     save_parts,
     write_json,
 )
@@ -129,6 +130,8 @@ class Stages:
                 values = {"folder": Path(job.folder), "stage": stage.name, "step": step, "metrics": metrics}
                 self.listeners.tell("chiasm_metrics", **values)
 
+            if workers.first:
+                remove_partial(folder)
             checkpoints = Checkpoints(folder, workers, job.execution.checkpoint_seconds)
             files.callback(checkpoints.close)
             loaders = job.execution.loaders(workers.device)
