@@ -48,3 +48,6 @@ class Packing:
         """How sequences of these lengths become one batch to train on."""
         padded = max(lengths) * len(lengths)
         return "packed" if padded - sum(lengths) >= self.above * padded else "right"
+
+
+PADDED = Packing()

@@ -16,7 +16,8 @@ from chiasm.errors import ConfigError
 from chiasm.prompt import PromptBuilder
 from chiasm.vlm import VLM
 from chiasm_experiments.data.feed import FeatureMemo, Feed
-from chiasm_experiments.data.mixture import load_mixture
+from chiasm_experiments.data.mixture import Mixture, load_mixture
+from chiasm_experiments.data.order import Order
 from chiasm_experiments.data.store import FeatureStore
 from chiasm_experiments.evaluation import evaluate, load_benchmarks, scores, write_rows
 from chiasm_experiments.loggers import Listeners, chosen
@@ -24,6 +25,7 @@ from chiasm_experiments.training import environment
 from chiasm_experiments.training.cache import WarmParts, content_identity
 from chiasm_experiments.training.caching import CacheDecision, decide
 from chiasm_experiments.training.choice import choose
+from chiasm_experiments.training.compiling import compile_model
 from chiasm_experiments.training.execution import Execution
 from chiasm_experiments.training.files import (
     MANIFEST,
@@ -113,10 +115,13 @@ def _execute(
     in_study = job.labels.get("study") is not None
     cache = decide(vlm, run, job.execution, mixtures, in_study, workers, partial(make_feed, vlm, run, None))
     feed = make_feed(vlm, run, warm.memo if loaders == 0 and cache.allowed else None, cache.store, cache.share)
+    kept = any(features.memo is not None or features.shelf is not None for features in feed.features)
+    compiled = compile_model(vlm, job.execution.compile, workers.device, _steps(run, mixtures), live=not kept)
     for stage, mixture in zip(run.stages, mixtures, strict=True):
         check_stage(stage, feed, mixture)
     benchmarks = load_benchmarks(run.evaluate)
     manifest = _begin(job, run, vlm, workers, {"name": strategy.name, "why": why}, cache)
+    manifest["compiled"] = compiled
     if workers.first:
         listeners.tell("chiasm_run_started", folder=folder, manifest=manifest)
     loaded = time.perf_counter()
@@ -201,7 +206,18 @@ def _earlier(run: RunConfig, folder: Path) -> dict[str, Any] | None:
     return None
 
 
-def _begin(job: Job, run: RunConfig, vlm: VLM, workers: Workers, strategy: dict[str, str], cache: CacheDecision) -> dict[str, Any]:
+def _steps(run: RunConfig, mixtures: list[Mixture]) -> int:
+    """Optimiser steps of all stages."""
+    pairs = zip(run.stages, mixtures, strict=True)
+    return sum(
+        stage.steps or Order(len(mixture), stage.batch_size, run.seed, i).steps(stage.epochs)
+        for i, (stage, mixture) in enumerate(pairs)
+    )
+
+
+def _begin(
+    job: Job, run: RunConfig, vlm: VLM, workers: Workers, strategy: dict[str, str], cache: CacheDecision
+) -> dict[str, Any]:
     """The manifest as it stands before training."""
     vlm.set_trained(run.trained)
     counts = vlm.counts()

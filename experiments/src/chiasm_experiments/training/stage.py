@@ -21,6 +21,7 @@ from chiasm_experiments.training.execution import Choice
 from chiasm_experiments.training.memory import explained, fit_memory
 from chiasm_experiments.training.meter import Metrics
 from chiasm_experiments.training.optim import make_optimizer, make_schedule
+from chiasm_experiments.training.packing import PADDED, Packing
 from chiasm_experiments.training.precision import autocast
 from chiasm_experiments.training.sight import NOTHING, Sight
 from chiasm_experiments.training.strategy import Alone, Sharded, Strategy, idle_batch
@@ -66,6 +67,7 @@ def train_stage(
     sight: Sight = NOTHING,
     activation_checkpointing: Choice = "auto",
     strategy: Strategy | None = None,
+    packing: Packing = PADDED,
 ) -> StageResult:
     """Trains the parts that a stage names, in place; goes on from its newest checkpoint where it has one.
 
@@ -85,6 +87,7 @@ def train_stage(
         sight: what is measured and traced.
         activation_checkpointing: of the language model's blocks.
         strategy: how the workers share the work; None: there is one worker.
+        packing: when the samples of a forward pass become one row.
 
     Raises:
         DivergedError: the loss is not finite.
@@ -126,37 +129,41 @@ def train_stage(
     given = zip(todo, load_steps(share, samples, feed, workers.device, loader_workers), strict=True)
     for step, examples in sight.traced(given, len(todo), workers.device):
         meter.begin()
-        tokens = int(workers.sum(sum(example.prompt.supervised for example in examples)))
-        position.cut_positions += int(workers.sum(sum(example.prompt.cut for example in examples)))
-        loss_sum = 0.0
+        prompts = [example.prompt for example in examples]
+        tokens, cut, positions = workers.sums(
+            sum(p.supervised for p in prompts), sum(p.cut for p in prompts), sum(map(len, prompts))
+        )
+        position.cut_positions += int(cut)
+        # on the device, which goes on meanwhile; in float64, as many sums are added
+        loss_sum = torch.zeros((), dtype=torch.float64, device=workers.device)
         size = fit.micro_batch
         parts = [examples[first : first + size] for first in range(0, len(examples), size)]
         idle = max(0, strategy.rounds(len(parts)) - len(parts))
         for i, part in enumerate([*parts, *[[]] * idle]):
-            batch = feed.batch(part, workers.device) if part else idle_batch(workers.device)
+            pad = packing.pad([len(example.prompt) for example in part]) if part else "right"
+            batch = feed.batch(part, workers.device, pad=pad) if part else idle_batch(workers.device)
             with explained(stage, fit), strategy.micro_batch(last=i + 1 == len(parts) + idle):
                 with autocast(run, workers.device):
                     loss, _ = forward(batch)
                 torch.autograd.backward(loss / tokens)
-            loss_sum += float(loss.detach())
+            loss_sum += loss.detach()
         strategy.finish(trained)
-        mean = workers.sum(loss_sum) / tokens
         rate = optimizer.param_groups[0]["lr"]
         norm = strategy.clip(trained, stage.clip_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
         position.step = step + 1
-        position.supervised_tokens += tokens
+        position.supervised_tokens += int(tokens)
         position.seconds = spent + time.perf_counter() - started
         meter.end(
             step + 1,
-            loss=mean,
+            loss=workers.total(loss_sum) / tokens,
             gradient_norm=norm,
             lr=rate,
             tokens=tokens,
             samples=stage.batch_size,
-            positions=workers.sum(sum(len(example.prompt) for example in examples)),
+            positions=positions,
             flops=sight.needed(examples),
         )
         report(meter.ready())

@@ -28,6 +28,7 @@ from chiasm_experiments.training.files import (
 from chiasm_experiments.training.identity import stage_key
 from chiasm_experiments.training.meter import Metrics
 from chiasm_experiments.training.operations import ModelOperations, device_peak
+from chiasm_experiments.training.packing import Packing
 from chiasm_experiments.training.precision import compute_dtype
 from chiasm_experiments.training.shared import Claim, claim, refer, stage_folder
 from chiasm_experiments.training.sight import Sight
@@ -148,6 +149,7 @@ class Stages:
                 sight=self._sight(index),
                 activation_checkpointing=job.execution.activation_checkpointing,
                 strategy=self.strategy,
+                packing=Packing.choose(job.execution.pack, self.vlm.llm, workers.device),
             )
             result = {"name": stage.name, "train": list(stage.train), **asdict(ended)}
             result["trained_by"] = job.folder

@@ -34,12 +34,22 @@ class Workers:
 
     def sum(self, value: float) -> float:
         """The sum of a number over all workers."""
+        return self.sums(value)[0]
+
+    def sums(self, *values: float) -> list[float]:
+        """The sums of some numbers over all workers, in one message."""
         if self.size == 1:
-            return value
-        # NCCL has no float64 reduction trouble, but takes no CPU tensor
-        total = torch.tensor(value, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return float(total)
+            return list(values)
+        # NCCL takes no CPU tensor
+        found: list[float] = self.total(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist()
+        return found
+
+    def total(self, value: Tensor) -> Tensor:
+        """The sum over all workers of a tensor that is on the device and stays there."""
+        if self.size > 1:
+            value = value.clone()
+            dist.all_reduce(value)
+        return value
 
     def most(self, value: int) -> int:
         """The largest of a number over all workers."""
