@@ -6,6 +6,7 @@ All work of the two workers happens in one pair of processes, which talk through
 from __future__ import annotations
 
 import multiprocessing
+import shutil
 import traceback
 from contextlib import suppress
 from datetime import timedelta
@@ -20,9 +21,11 @@ from chiasm.build import build_vlm
 from chiasm.config import RunConfig
 from chiasm.sample import Sample, Turn
 from chiasm_experiments.data.mixture import Mixture
+from chiasm_experiments.evaluation import answer
 from chiasm_experiments.training.checkpoint import Checkpoints
+from chiasm_experiments.training.files import load_parts, save_parts
 from chiasm_experiments.training.run import make_feed
-from chiasm_experiments.training.shards import whole_tensors
+from chiasm_experiments.training.shards import is_sharded, whole_tensors
 from chiasm_experiments.training.stage import train_stage
 from chiasm_experiments.training.strategy import Alone, Replicated, Sharded
 from chiasm_experiments.training.workers import Workers
@@ -55,6 +58,7 @@ CASES: dict[str, dict[str, Any]] = {
     "one sample, connector": {"train": ["adapter"], "batch_size": 1, "steps": 6},  # at times nobody has an image
 }
 """What a stage trains on how much; `tied` and `lora` change the model as well."""
+HALF = {"bfloat16": {"train": ["adapter", "tokens"]}}
 
 
 class Square:
@@ -102,10 +106,13 @@ class StoppingCheckpoints(Checkpoints):
 class Trial:
     """The model of a case under a strategy."""
 
-    def __init__(self, case: str, strategy: str, workers: Workers, **stage: Any) -> None:
-        values = BASE | {"stages": [STAGE | CASES[case] | stage]}
-        if case == "lora":
-            values |= {"llm": {**values["llm"], "lora": {"rank": 2}}}
+    def __init__(self, case: str, strategy: str, workers: Workers, dropout: float = 0.0, **stage: Any) -> None:
+        first = STAGE | (CASES | HALF)[case] | stage
+        values = BASE | {"stages": [first, first | {"name": "t", "train": ["llm"]}]}
+        if case in ("lora", "bfloat16"):
+            values |= {"llm": {**values["llm"], "lora": {"rank": 2, "dropout": dropout}}}
+        if case == "bfloat16":
+            values |= {"precision": case}
         self.run = RunConfig.model_validate(values)
         self.vlm = build_vlm(self.run)
         if case == "tied":
@@ -116,7 +123,7 @@ class Trial:
         self.strategy.place(self.run)
         self.feed = make_feed(self.vlm, self.run)
 
-    def train(self, folder=None, stop: int = 0) -> list[tuple[float, float]]:
+    def train(self, folder=None, stop: int = 0, index: int = 0) -> list[tuple[float, float]]:
         """The loss and the gradients' norm of each step, on the first worker."""
         log: list[tuple[float, float]] = []
         checkpoints = None
@@ -127,7 +134,7 @@ class Trial:
             train_stage(
                 self.vlm,
                 self.run,
-                0,
+                index,
                 Mixture([Samples()]),
                 self.feed,
                 self.workers,
@@ -150,6 +157,69 @@ def learn(case: str, strategy: str, workers: Workers):
     return trial.train(), trial.weights()
 
 
+def stop_and_go_on(workers: Workers, folder) -> dict[str, Any]:
+    """Stages of four steps that are stopped after two; some go on under another strategy."""
+    found = {"undisturbed": Trial("lora", "fsdp", workers, dropout=0.5, steps=4)}
+    found["undisturbed"].train()
+    stopped = Trial("lora", "fsdp", workers, dropout=0.5, steps=4)
+    stopped.train(folder / "lora", stop=2)
+    found["stopped"] = stopped
+    found["same"] = Trial("lora", "fsdp", workers, dropout=0.5, steps=4)
+    found["same"].train(folder / "lora")
+    for before, after in (("fsdp", "ddp"), ("ddp", "fsdp")):
+        Trial("all", before, workers, steps=4).train(folder / before, stop=2)
+        if workers.first:
+            shutil.copytree(folder / before, folder / f"{before} for one")
+        workers.barrier()
+        found[f"{before} to {after}"] = Trial("all", after, workers, steps=4)
+        found[f"{before} to {after}"].train(folder / before)
+    return {name: trial.weights() for name, trial in found.items()}
+
+
+def save_and_load(workers: Workers, folder) -> dict[str, Any]:
+    """Weights before they are saved, and those of another sharded model that reads them."""
+    found = {}
+    for case in ("all", "tied", "lora"):
+        trial, other = (Trial(case, "fsdp", workers, lr=lr) for lr in (1e-3, 1e-2))
+        trial.train()
+        other.train()
+        whole = () if case == "lora" else ("llm",)
+        save_parts(trial.vlm, folder / case, ["adapter", "tokens", "llm"], whole, write=workers.first)
+        workers.barrier()
+        load_parts(other.vlm, folder / case)
+        found[case] = (trial.weights(), other.weights())
+    held = sum(p.to_local().numel() for p in trial.vlm.llm.parameters())
+    return found | {"held": held, "of": sum(p.numel() for p in trial.vlm.llm.parameters())}
+
+
+def answer_alone(workers: Workers, folder) -> list[str]:
+    """Answers of a sharded model, the first worker's to more questions than the second's."""
+    trial = Trial("all", "fsdp", workers)
+    with trial.strategy.whole():
+        answers = answers_of(trial, 2 - workers.rank)
+    assert is_sharded(trial.vlm.llm)
+    assert trial.train() == learn("all", "fsdp", workers)[0]
+    return answers
+
+
+def answers_of(trial: Trial, count: int) -> list[str]:
+    samples = [Sample("q", (Turn("c?"),), (Square(colour),)) for colour in list(COLOURS)[:count]]
+    trial.run = trial.run.model_copy(update={"evaluation_batch_size": 1})
+    return answer(trial.vlm, trial.run, trial.feed, samples, CPU, max_new_tokens=5 * count)
+
+
+def train_in_half_precision(workers: Workers, folder) -> Any:
+    """A stage that trains nothing of the language model, and one that trains its float32 matrices beside bfloat16."""
+    return in_two_stages(Trial("bfloat16", "fsdp", workers))
+
+
+def in_two_stages(trial: Trial) -> tuple[list[tuple[float, float]], set[str]]:
+    log = trial.train()
+    before = trial.weights()
+    log += trial.train(index=1)
+    return log, {name for name, value in trial.weights().items() if not torch.equal(value, before[name])}
+
+
 def work(rank: int, folder, pipe) -> None:
     """All that one of the two workers does."""
     try:
@@ -160,6 +230,8 @@ def work(rank: int, folder, pipe) -> None:
         found: dict[Any, Any] = {
             (case, strategy): learn(case, strategy, workers) for case in CASES for strategy in ("ddp", "fsdp")
         }
+        for step in (stop_and_go_on, save_and_load, answer_alone, train_in_half_precision):
+            found[step.__name__] = step(workers, folder)
         dist.destroy_process_group()
         torch.save(found, folder / f"{rank}.pt")
         pipe.send(None)
@@ -168,8 +240,9 @@ def work(rank: int, folder, pipe) -> None:
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory):
+def both(alone, tmp_path_factory):
     """What the two workers found."""
+    assert alone  # which has imported all that they need
     folder = tmp_path_factory.mktemp("workers")
     context = multiprocessing.get_context("fork")  # each would take seconds to import what is imported here already
     pipes, processes = [], []
@@ -189,7 +262,7 @@ def both(tmp_path_factory):
         for process in processes:
             process.kill()
             process.join()
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return [torch.load(folder / f"{rank}.pt") | {"folder": folder} for rank in range(2)]
 
 
 def assert_close(found, wanted, tolerance=1e-6):
@@ -222,3 +295,59 @@ def test_two_workers_take_the_steps_of_one(both, alone, case, strategy):
 
 def test_accumulation_takes_the_steps_of_one_batch(alone):
     assert_close(alone["accumulated"][1], alone["all"][1])
+
+
+def test_a_sharded_stage_that_was_stopped_goes_on_to_the_same_bits(both):
+    """With dropout, so that each worker's random state counts."""
+    for worker in both:
+        found = worker["stop_and_go_on"]
+        assert any(not torch.equal(value, found["undisturbed"][name]) for name, value in found["stopped"].items())
+        for name, value in found["undisturbed"].items():
+            assert torch.equal(found["same"][name], value), name
+
+
+@pytest.mark.parametrize(("before", "after"), [("fsdp", "ddp"), ("ddp", "fsdp"), ("fsdp", "one"), ("ddp", "one")])
+def test_a_checkpoint_serves_another_strategy_and_number_of_workers(both, before, after):
+    undisturbed, one = (Trial("all", "alone", Workers(0, 1, CPU), steps=4) for _ in range(2))
+    undisturbed.train()
+    found = both[0]["stop_and_go_on"].get(f"{before} to {after}")
+    if after == "one":
+        folder = both[0]["folder"] / f"{before} for one"
+        assert [path.name for path in sorted(folder.iterdir())] == ["checkpoint-00000001", "checkpoint-00000002"]
+        files = {path.suffix for path in folder.rglob("*") if path.is_file()}
+        assert files == {".safetensors", ".json"}
+        log = one.train(folder)
+        assert len(log) == 2
+        found = one.weights()
+    assert_close(found, undisturbed.weights())
+
+
+@pytest.mark.parametrize("case", ["all", "tied", "lora"])
+def test_what_is_sharded_is_saved_whole_and_read_by_anyone(both, case):
+    saved, read = both[0]["save_and_load"][case]
+    one = Trial(case, "alone", Workers(0, 1, CPU))
+    assert any(not torch.equal(value, saved[name]) for name, value in one.weights().items())
+    load_parts(one.vlm, both[0]["folder"] / case)
+    for found in (read, one.weights()):
+        for name, value in saved.items():
+            assert torch.equal(found[name], value), name
+
+
+def test_each_worker_holds_its_share_of_the_language_model(both):
+    held = [worker["save_and_load"]["held"] for worker in both]
+    assert sum(held) == both[0]["save_and_load"]["of"]
+    assert max(held) < 0.6 * sum(held)
+
+
+def test_workers_answer_different_numbers_of_questions(both):
+    one = Trial("all", "alone", Workers(0, 1, CPU))
+    assert [worker["answer_alone"] for worker in both] == [answers_of(one, 2), answers_of(one, 1)]
+
+
+def test_frozen_half_precision_beside_what_learns_in_float32(both):
+    wanted, changed = in_two_stages(Trial("bfloat16", "alone", Workers(0, 1, CPU)))
+    assert changed
+    assert all("lora" in name for name in changed)
+    for worker in both:
+        assert worker["train_in_half_precision"][1] == changed
+    assert both[0]["train_in_half_precision"][0] == [pytest.approx(step, rel=0.02) for step in wanted]

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_, get_total_norm
@@ -138,6 +138,8 @@ class Sharded(Strategy):
             fully_shard(block, mesh=mesh, mp_policy=policy)
         # the model is the root, as embeddings and head are used outside of the language model's forward pass
         fully_shard(self.vlm, mesh=mesh, mp_policy=policy, ignored_params=kept)
+        # the first pass settles what the root is, and a run may begin with answers
+        register_fsdp_forward_method(self.vlm, "generate")
         for module in self._modules():
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)

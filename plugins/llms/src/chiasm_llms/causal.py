@@ -303,8 +303,12 @@ class CausalLM(LanguageModel):
         # compiled blocks would be compiled anew for each length of the cache
         eager = torch.compiler.set_stance("force_eager") if self._compiled else nullcontext()
         with _in_eval(self.model), eager:
+            # of a model that was sharded transformers would wait for other workers, who need not answer as much
             ids_BT = self.model.generate(
-                inputs_embeds=embeds_BTE, attention_mask=mask_BT.long(), generation_config=settings
+                inputs_embeds=embeds_BTE,
+                attention_mask=mask_BT.long(),
+                generation_config=settings,
+                synced_gpus=False,
             )
         # for a prompt of embeddings transformers has no ids to repeat
         assert isinstance(ids_BT, Tensor)
