@@ -7,6 +7,7 @@ import torch
 
 from chiasm.config import RunConfig, TokensConfig
 from chiasm.cost import train_flops
+from chiasm.errors import ConfigError
 from chiasm.prompt import PromptBuilder
 from chiasm.sample import Sample, Turn
 from chiasm_experiments.data.feed import Feed
@@ -168,3 +169,16 @@ def test_speeds_are_measured_and_leave_nothing_behind(make_vlm, tmp_path):
     assert min(speed.write, speed.read, speed.read_again) > 1e5
     assert not list(tmp_path.iterdir())
     assert 0 < encoder_seconds(make_vlm(), 0, torch.device("cpu"), 8) < 1
+
+
+def test_a_folder_that_cannot_be_made_is_told(make_vlm, tmp_path):
+    (tmp_path / "file").write_text("")
+    vlm = make_vlm()
+
+    def ask(choice):
+        settings = Execution(cache=choice, cache_folder=tmp_path / "file" / "cache")
+        return decide(vlm, run_of({"epochs": 9}), settings, [Mixture([Numbered(64)])], False, ALONE, feed_of(vlm))
+
+    assert "cannot be made" in ask("auto").why
+    with pytest.raises(ConfigError, match="cache=on, and the folder .* cannot be made: .*; set cache_folder"):
+        ask("on")

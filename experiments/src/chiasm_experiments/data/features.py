@@ -113,9 +113,7 @@ class FrozenFeatures:
 
     def views(self, key: str) -> int | None:
         """How many views of an image have known features; None where they are not known."""
-        row = self._pending.get(key)
-        if row is None and self.memo is not None:
-            row = self.memo.get((self.identity, key))
+        row = self._here(key)
         if row is not None:
             return len(row)
         return self.shelf.views(key) if self.shelf is not None else None
@@ -127,6 +125,8 @@ class FrozenFeatures:
         shelf = self.shelf
         counts = {key: shelf.views(key) for key in dict.fromkeys(keys) if key not in self._pending}
         known = {key: views for key, views in counts.items() if views is not None}
+        if not known:
+            return {}
         whole_IVLND = torch.empty(sum(known.values()), *shelf.view, dtype=shelf.dtype, pin_memory=pin)
         rows = dict(zip(known, torch.split(whole_IVLND, list(known.values())), strict=True))
         if self._readers is None:
@@ -141,21 +141,18 @@ class FrozenFeatures:
         for item in wanted:
             if item.key in rows or item.key in missing:
                 continue
-            row = item.row if item.row is not None else self._find(item.key, device)
+            row = item.row if item.row is not None else self._here(item.key)
             if row is None:
                 missing[item.key] = item
             else:
                 rows[item.key] = row
+        self._take(self.fetch(missing, pin=device.type == "cuda"), rows, missing, device)
         patience = time.monotonic() + WAIT_SECONDS
         while missing:
             mine = self._claim(missing) if time.monotonic() < patience else list(missing)
             if mine:
                 rows |= self._compute([missing.pop(key) for key in mine], device)
-            for key in list(missing):
-                row = self._find(key, device)
-                if row is not None:
-                    rows[key] = row
-                    del missing[key]
+            self._take(self.fetch(missing, pin=device.type == "cuda"), rows, missing, device)
             if missing and not mine:
                 time.sleep(POLL_SECONDS)
         return Features(join([rows[item.key] for item in wanted], device), self.grid)
@@ -176,16 +173,22 @@ class FrozenFeatures:
         if self.shelf is not None:
             self.shelf.close()
 
-    def _find(self, key: str, device: torch.device) -> Tensor | None:
+    def _here(self, key: str) -> Tensor | None:
+        """An image's features where this process has them."""
         row = self._pending.get(key)
         if row is None and self.memo is not None:
             row = self.memo.get((self.identity, key))
-        if row is None and self.shelf is not None:
-            row = self.shelf.get(key, pin=device.type == "cuda")
-            if row is not None and self.memo is not None:
-                row = row.to(device, non_blocking=True)
-                self.memo.put((self.identity, key), row)
         return row
+
+    def _take(
+        self, found: dict[str, Tensor], rows: dict[str, Tensor], missing: dict[str, Wanted], device: torch.device
+    ) -> None:
+        """Moves what was read from the missing to the rows."""
+        for key, row in found.items():
+            del missing[key]
+            rows[key] = row
+            if self.memo is not None:
+                self.memo.put((self.identity, key), row.to(device, copy=True))
 
     def _claim(self, missing: Iterable[str]) -> list[str]:
         if self.shelf is None:

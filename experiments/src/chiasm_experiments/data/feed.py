@@ -124,8 +124,8 @@ class Feed:
         for example in examples:
             example.rows = ()
         for features in self.features:
-            keys = [key for example in examples if not example.pixels for key in example.keys]
-            rows = features.fetch(keys, pin=pin)
+            # also of those that were not known yet when a loader process asked
+            rows = features.fetch([key for example in examples for key in example.keys], pin=pin)
             for example in examples:
                 example.rows = (*example.rows, {key: rows[key] for key in example.keys if key in rows})
 

@@ -26,6 +26,8 @@ CHUNK = 16
 """Samples that a process makes ready at a time: a step's samples come from several processes at once."""
 STEPS_AHEAD = 2
 """Steps whose known features are read while the model is at work."""
+AHEAD_BYTES = 2**32
+"""Pinned memory that they may take; features of all layers of a large batch are not read ahead."""
 
 
 class Samples(Protocol):
@@ -62,7 +64,7 @@ def load_steps(
         made: Iterator[list[Example]] = ([_make(feed, samples, i) for i in step] for step in steps)
     else:
         made = _from_processes(steps, samples, feed, device, processes, context)
-    return _read_ahead(made, feed) if device.type == "cuda" and feed.features else made
+    return _read_ahead(made, feed, device) if device.type == "cuda" and feed.features else made
 
 
 def _make(feed: Feed, samples: Samples, index: int) -> Example:
@@ -108,18 +110,22 @@ def _from_processes(
         yield examples
 
 
-def _read_ahead(made: Iterator[list[Example]], feed: Feed) -> Iterator[list[Example]]:
+def _read_ahead(made: Iterator[list[Example]], feed: Feed, device: torch.device) -> Iterator[list[Example]]:
     """Known features are read from the disk by a thread, steps before they are asked for."""
 
     def read(examples: list[Example]) -> list[Example]:
         feed.fetch(examples, pin=True)
         return examples
 
-    with ThreadPoolExecutor(1, "chiasm-ahead") as thread:
+    # pinned memory belongs to a device, and a thread begins on the first one
+    with ThreadPoolExecutor(1, "chiasm-ahead", torch.cuda.set_device, (device,)) as thread:
         ahead: deque[Future[list[Example]]] = deque()
         for examples in made:
-            ahead.append(thread.submit(read, examples))
-            if len(ahead) > STEPS_AHEAD:
+            views = sum(len(image) for example in examples for image in example.prompt.views)
+            size = views * sum(features.shelf.view_bytes for features in feed.features if features.shelf is not None)
+            steps = min(STEPS_AHEAD, AHEAD_BYTES // max(1, size))
+            ahead.append(thread.submit(read if steps else list, examples))
+            while len(ahead) > steps:
                 yield ahead.popleft().result()
         while ahead:
             yield ahead.popleft().result()

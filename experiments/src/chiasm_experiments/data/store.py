@@ -298,10 +298,13 @@ class _Claims:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, self._byte(digest))
         except (BlockingIOError, PermissionError):
             return False
+        except OSError:  # a file system without locks: processes then compute the same, and either's result is taken
+            pass
         return True
 
     def give(self, digest: bytes) -> None:
-        fcntl.lockf(self._file, fcntl.LOCK_UN, 1, self._byte(digest))
+        with contextlib.suppress(OSError):
+            fcntl.lockf(self._file, fcntl.LOCK_UN, 1, self._byte(digest))
 
     @staticmethod
     def _byte(digest: bytes) -> int:

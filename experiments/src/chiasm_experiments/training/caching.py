@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,7 @@ import torch.distributed as dist
 
 from chiasm.config import RunConfig, StageConfig
 from chiasm.cost import train_flops
+from chiasm.errors import ConfigError
 from chiasm.vlm import VLM
 from chiasm_experiments.data.feed import Feed
 from chiasm_experiments.data.mixture import Mixture
@@ -76,6 +78,9 @@ def decide(
         study: whether the run belongs to a study, whose other runs want the same features.
         workers: the first one measures and decides.
         make_feed: to look for features that are stored already.
+
+    Raises:
+        ConfigError: the cache is turned on and its folder cannot be written to.
     """
     if "encoders" in run.trained:
         return CacheDecision(False, False, "an encoder is trained, so its features change")
@@ -87,8 +92,13 @@ def decide(
         wanted = count_uses(run, mixtures)
         space = Space.needed(vlm, wanted, store.limit)
         figures = {"folder": str(store.folder), **wanted.figures, **space.figures}
+        refused = _refused(store)
         if execution.cache == "on":
+            if refused:
+                raise ConfigError(f"cache=on, and {refused}; set cache_folder or $CHIASM_CACHE to another folder")
             told = (True, "turned on", figures, space.share)
+        elif refused:
+            told = (False, refused, figures, 1.0)
         elif not wanted.uses:
             told = (False, "the data have no image", figures, 1.0)
         else:
@@ -265,6 +275,15 @@ def stored_share(wanted: Wanted, feed: Feed) -> float:
     """The share of the images looked at whose features are stored for every encoder."""
     known = [all(features.views(key) is not None for features in feed.features) for key in wanted.keys]
     return sum(known) / len(known)
+
+
+def _refused(store: FeatureStore) -> str:
+    """Why nothing can be written to a store's folder; empty where it can."""
+    try:
+        store.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return f"the folder {str(store.folder)!r} cannot be made: {error.strerror}"
+    return "" if os.access(store.folder, os.W_OK) else f"the folder {str(store.folder)!r} cannot be written to"
 
 
 def _drawn(run: RunConfig, stage: StageConfig, index: int, size: int) -> int:
