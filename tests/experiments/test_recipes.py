@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from chiasm.config import RunConfig, load_run
+from chiasm.cost import SampleSize
 from chiasm.plan import plan_run
 
 RECIPES = sorted((Path(__file__).parents[2] / "experiments/recipes").glob("*.yaml"))
@@ -62,3 +63,14 @@ def test_the_adapters_of_both():
     assert (paper.name, paper.options) == ("mlp", {"depth": 2})
     options = {"depth": 1, "heads": 4, "feed_forward": 2048, "activation": "relu", "dropout": 0.1, "norm": "post"}
     assert (code.name, code.options) == ("transformer", options)
+
+
+def test_adafactor_keeps_no_moments_of_the_parameters_size():
+    run = load_run(next(path for path in RECIPES if path.stem == "omnifusion-7b-code"))
+    values = run.model_dump(mode="json")
+    for stage in values["stages"]:
+        stage["optimizer"] = "adamw"
+    adafactor, adamw = (plan_run(item, SampleSize()) for item in (run, RunConfig.model_validate(values)))
+    learned = adamw.parameters["adapter"] + adamw.parameters["tokens"]
+    saved = [adamw.cost.stages[s.name].gpu_bytes - adafactor.cost.stages[s.name].gpu_bytes for s in run.stages]
+    assert saved == [8 * learned, 8 * (learned + adamw.parameters["llm"])]

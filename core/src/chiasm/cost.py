@@ -24,8 +24,8 @@ from chiasm.llm import LanguageModelSpec
 
 HALF, FULL = 2, 4
 """Bytes of bfloat16, in which a GPU computes and holds what is frozen, and of float32, for what learns."""
-ADAM_BYTES = 8
-"""Two float32 moments of each trained parameter."""
+MOMENT_BYTES = {"adamw": 8, "adafactor": 0}
+"""Of each trained parameter: two float32 moments; Adafactor's rows and columns are next to nothing."""
 LOGIT_BYTES = 16
 """Of each logit: bfloat16, float32, its logarithm of the softmax, and their gradients at the worst moment."""
 
@@ -238,7 +238,7 @@ def train_flops(
 def stage_memory(
     run: RunConfig, stage: StageConfig, llm: LanguageModelSpec, parameters: dict[Part, int], kept: int
 ) -> StageMemory:
-    """The memory of a step with AdamW.
+    """The memory of a step.
 
     Args:
         run: what any of its stages trains is float32 throughout, and computed with in a bfloat16 copy.
@@ -256,9 +256,10 @@ def stage_memory(
     llm_learning = llm.trainable if "llm" in stage.train else 0
     block, rest = llm.matrix_parameters // llm.depth, max(0, parameters["llm"] - llm.matrix_parameters)
     sent = min(llm_learning, max(block, rest))
+    moments = MOMENT_BYTES[stage.optimizer]
     return StageMemory(
-        others=others + learning * ADAM_BYTES,
-        llm=(still - packed) * HALF + packed * (llm.matrix_bits or 0) // 8 + full * FULL + llm_learning * ADAM_BYTES,
+        others=others + learning * moments,
+        llm=(still - packed) * HALF + packed * (llm.matrix_bits or 0) // 8 + full * FULL + llm_learning * moments,
         copies=full * HALF,
         gathered=(2 * block + rest) * HALF + sent * (HALF + FULL),
         gradients=learning * FULL,

@@ -67,7 +67,7 @@ def _meaning(sample: SampleSize, workers: int) -> list[str]:
         f"  For a sample of one image with the most views it can have and {sample.text} positions of text, "
         f"{sample.answer} of them answered.",
         f"  To train: forward and backward of one sample, stage / stage. GiB: estimated peak of a step on {gpu} in",
-        "  bfloat16 with AdamW, at each stage's micro-batch; without torch.compile, which takes less.",
+        "  bfloat16, at each stage's micro-batch; without torch.compile, which takes less.",
     ]
 
 

@@ -11,7 +11,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from chiasm.config import RunConfig, StageConfig
-from chiasm.cost import ADAM_BYTES, FULL, HALF, LOGIT_BYTES, connector_cost
+from chiasm.cost import FULL, HALF, LOGIT_BYTES, MOMENT_BYTES, connector_cost
 from chiasm.encoder import Encoder
 from chiasm.errors import ChiasmError
 from chiasm.sample import Sample
@@ -233,8 +233,8 @@ def _encoders(vlm: VLM) -> list[Encoder]:
 
 
 def _moments(stage: StageConfig, learning: int) -> int:
-    """What the optimiser keeps: Adafactor's rows and columns are next to nothing."""
-    return learning * ADAM_BYTES if stage.optimizer == "adamw" else 0
+    """What the optimiser keeps."""
+    return learning * MOMENT_BYTES[stage.optimizer]
 
 
 def _elements(parameter: torch.nn.Parameter) -> int:
