@@ -14,6 +14,9 @@ from chiasm_experiments.training.execution import Choice
 ENOUGH_STEPS = 200
 """Optimiser steps of a run that earn back the half minute that its blocks take to compile."""
 
+CASES = 64
+"""Compiled cases of one function; beyond them torch runs it uncompiled."""
+
 
 def compile_model(vlm: VLM, choice: Choice, device: torch.device, steps: int, *, live: bool) -> dict[str, Any]:
     """Compiles in place what pays, and says what that was, for the manifest.
@@ -33,6 +36,8 @@ def compile_model(vlm: VLM, choice: Choice, device: torch.device, steps: int, *,
         return {"compiled": [], "why": "auto: not on the CPU"}
     if choice == "auto" and steps < ENOUGH_STEPS:
         return {"compiled": [], "why": f"auto: {steps} steps do not earn it back ({ENOUGH_STEPS} do)"}
+    # blocks of several models share one function of transformers, and each length, mode and model is a case of it
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, CASES)
     vlm.llm.compile()
     compiled = ["llm"]
     if live:
