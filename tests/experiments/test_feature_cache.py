@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import pickle
 import time
 
 import pytest
@@ -19,7 +21,7 @@ from chiasm_encoders.clip import ClipEncoder
 from chiasm_encoders.dinov2 import Dinov2Encoder
 from chiasm_experiments.data.features import FeatureMemo, join
 from chiasm_experiments.data.feed import Feed
-from chiasm_experiments.data.loader import load_steps
+from chiasm_experiments.data.loader import _Examples, load_steps
 from chiasm_experiments.data.mixture import Mixture
 from chiasm_experiments.data.store import FeatureStore
 from chiasm_experiments.training.cache import content_identity
@@ -280,6 +282,65 @@ def test_a_memo_before_the_store_saves_the_reading(make_vlm, tmp_path, monkeypat
     monkeypatch.setattr("chiasm_experiments.data.store.Shelf.read", lambda *_: pytest.fail("read"))
     (again,) = feed.vision([feed.train(sample)], CPU)
     assert torch.equal(found.tokens, again.tokens)
+
+
+def use(folder, vlm, order, told):
+    """As a run does, in a process of its own; tells what it computed."""
+    torch.set_num_threads(1)
+    feed = make_feed(vlm, FeatureStore(folder, 2**24))
+    samples = [Sample(str(i), (Turn("q", "a"),), (Shade(i),)) for i in order]
+    for first in range(0, len(samples), 6):
+        examples = [feed.train(sample) for sample in samples[first : first + 6]]
+        (found,) = feed.vision(examples, CPU)
+        shades = found.tokens[:, 0, 0, 0].add(1).mul(127.5).round().int().tolist()
+        assert shades == order[first : first + 6], "another image's features"
+    told.put(feed.features[0].computed)
+
+
+class Shade:
+    """A grey image that takes a while to draw."""
+
+    def __init__(self, shade: int) -> None:
+        self.shade = shade
+        self.key = f"shade{shade}"
+
+    def load(self) -> Image.Image:
+        time.sleep(0.002)
+        return Image.new("RGB", (8, 8), (self.shade,) * 3)
+
+
+def test_runs_that_start_at_once_compute_each_image_once_between_them(make_vlm, tmp_path):
+    vlm = make_vlm()
+    vlm.set_trained([])
+    context = multiprocessing.get_context("fork")
+    told = context.Queue()
+    forwards, mixed = list(range(60)), [i * 7 % 60 for i in range(60)]
+    runs = [context.Process(target=use, args=(tmp_path, vlm, order, told)) for order in (forwards, forwards, mixed)]
+    for run in runs:
+        run.start()
+    computed = [told.get(timeout=60) for _ in runs]
+    for run in runs:
+        run.join(30)
+        assert run.exitcode == 0
+    assert sum(computed) == 60
+
+
+def test_what_travels_to_a_process_that_is_not_forked_has_no_weights_and_does_the_same(make_vlm, tmp_path):
+    vlm = make_vlm()
+    vlm.set_trained([])
+    feed = make_feed(vlm, FeatureStore(tmp_path, 2**24))
+    feed.vision([feed.train(Sample("s", (Turn("q", "a"),), (Square("red"),)))], CPU)
+    data = _Examples(Samples(), feed)
+    pickled = pickle.dumps(data)
+    assert len(pickled) < sum(p.nbytes for p in vlm.parameters())
+    other = pickle.loads(pickled)
+    for index in range(12):
+        mine, theirs = data[index], other[index]
+        assert mine.prompt == theirs.prompt
+        assert mine.keys == theirs.keys
+        assert [len(pixels) for pixels in mine.pixels] == [len(pixels) for pixels in theirs.pixels]
+        assert all(torch.equal(a, b) for a, b in zip(sum(mine.pixels, ()), sum(theirs.pixels, ()), strict=True))
+    assert not any(other[index].pixels for index in (6, 9)), "features on the disk were not seen"
 
 
 class Broken(Samples):

@@ -133,6 +133,9 @@ class Shelf:
         self._writer: PackWriter | None = None
         self._lock = threading.RLock()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Shelf, (self.store, self.folder, self.view, self.dtype, self.share)
+
     def forked(self) -> None:
         """To be called first in a process that was forked: no thread that held the lock lives there."""
         self._lock = threading.RLock()
