@@ -101,6 +101,8 @@ def decide(
             told = (False, refused, figures, 1.0)
         elif not wanted.uses:
             told = (False, "the data have no image", figures, 1.0)
+        elif not _operations(vlm):
+            told = (False, "the encoders compute nothing", figures, 1.0)
         else:
             hits = stored_share(wanted, make_feed(store)) if any(store.folder.glob("*/*.index")) else 0.0
             told = (*_weigh(vlm, run, wanted, space, hits, study, store, workers.device, figures), space.share)
@@ -110,6 +112,12 @@ def decide(
         (told,) = everyone
     used, why, figures, share = told
     return CacheDecision(True, used, why, figures, share, store if used else None)
+
+
+def _operations(vlm: VLM) -> int:
+    """Of all encoders for one view; the image-blind control has none."""
+    encoders: list[Any] = list(vlm.encoders)
+    return sum(encoder.geometry.flops for encoder in encoders)
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,8 +236,7 @@ def measure(
     sizes = [(stage.micro_batch_size, stage.batch_size) for stage in run.stages]
     batch = min(micro if isinstance(micro, int) else whole for micro, whole in sizes)
     seconds = [encoder_seconds(vlm, k, device, round(batch * space.views)) for k in range(len(vlm.encoders))]
-    encoders: list[Any] = list(vlm.encoders)
-    rate = sum(encoder.geometry.flops for encoder in encoders) / sum(seconds)
+    rate = _operations(vlm) / sum(seconds)
     positions = vlm.views.most_tokens + TEXT
     stages = [train_flops(stage, vlm.llm.geometry, positions, ANSWER, encode=0, connect=0) for stage in run.stages]
     operations = sum(stages) / len(stages) * wanted.samples / wanted.uses
