@@ -21,9 +21,11 @@ from chiasm.build import build_vlm
 from chiasm.config import RunConfig
 from chiasm.sample import Sample, Turn
 from chiasm_experiments.data.mixture import Mixture
+from chiasm_experiments.data.order import Order
 from chiasm_experiments.evaluation import answer
 from chiasm_experiments.training.checkpoint import Checkpoints
 from chiasm_experiments.training.files import load_parts, save_parts
+from chiasm_experiments.training.packing import Packing
 from chiasm_experiments.training.run import make_feed
 from chiasm_experiments.training.shards import is_sharded, whole_tensors
 from chiasm_experiments.training.stage import train_stage
@@ -50,14 +52,16 @@ EVERY = ["adapter", "tokens", "llm"]
 CASES: dict[str, dict[str, Any]] = {
     "all": {"train": EVERY},
     "accumulated": {"train": EVERY, "micro_batch_size": 1},  # of 5 samples, so 3 on one worker and 2 on the other
+    "packed": {"train": EVERY},  # each forward pass one row of documents
+    "recomputed": {"train": EVERY},  # blocks again in the backward pass
     "tied": {"train": EVERY},
     "lora": {"train": EVERY},
-    "connector": {"train": ["adapter"], "batch_size": 2, "steps": 6},  # at times one worker has no image
-    "encoders": {"train": ["encoders", "adapter"], "batch_size": 2, "steps": 6},  # and CLIP's last block is not used
-    "one sample": {"train": EVERY, "batch_size": 1, "steps": 6},  # the other worker has none
-    "one sample, connector": {"train": ["adapter"], "batch_size": 1, "steps": 6},  # at times nobody has an image
+    "connector": {"train": ["adapter"], "batch_size": 2, "steps": 3},  # at times one worker has no image
+    "encoders": {"train": ["encoders", "adapter"], "batch_size": 2},  # and CLIP's last block is not used
+    "one sample": {"train": EVERY, "batch_size": 1, "steps": 3},  # the other worker has none
+    "one sample, connector": {"train": ["adapter"], "batch_size": 1, "steps": 3},  # at times nobody has an image
 }
-"""What a stage trains on how much; `tied` and `lora` change the model as well."""
+"""What a stage trains on how much; some names say more."""
 HALF = {"bfloat16": {"train": ["adapter", "tokens"]}}
 
 
@@ -107,6 +111,7 @@ class Trial:
     """The model of a case under a strategy."""
 
     def __init__(self, case: str, strategy: str, workers: Workers, dropout: float = 0.0, **stage: Any) -> None:
+        self.case = case
         first = STAGE | (CASES | HALF)[case] | stage
         values = BASE | {"stages": [first, first | {"name": "t", "train": ["llm"]}]}
         if case in ("lora", "bfloat16"):
@@ -140,6 +145,8 @@ class Trial:
                 self.workers,
                 lambda step, steps, metrics: log.append((metrics["loss"], metrics["gradient_norm"])),
                 checkpoints=checkpoints,
+                activation_checkpointing="on" if self.case == "recomputed" else "off",
+                packing=Packing.choose("on" if self.case == "packed" else "off", self.vlm.llm, CPU),
                 strategy=self.strategy,
             )
         if checkpoints is not None:
@@ -278,7 +285,29 @@ def assert_close(found, wanted, tolerance=1e-6):
 
 @pytest.fixture(scope="module")
 def alone():
+    """What one worker finds."""
     return {case: learn(case, "alone", Workers(0, 1, CPU)) for case in CASES}
+
+
+@pytest.fixture(scope="module")
+def undisturbed():
+    trial = Trial("all", "alone", Workers(0, 1, CPU), steps=4)
+    trial.train()
+    return trial.weights()
+
+
+def test_workers_meet_what_they_are_to_meet():
+    """Of the samples of each step some workers have no image, some have none at all, and in a step nobody has one."""
+    shares = []
+    for size, steps in ((5, 2), (2, 3), (1, 3)):
+        for step in range(steps):
+            samples = [Samples()[i] for i in Order(12, size, 0, 0).step(step)]
+            shares.append([[len(sample.images) for sample in samples[rank::2]] for rank in range(2)])
+    assert any(sum(first) and second and not sum(second) for first, second in shares)
+    assert any(sum(second) and first and not sum(first) for first, second in shares)
+    assert any(not second for _, second in shares)
+    assert any(not sum(first + second) for first, second in shares)
+    assert any({0, 1, 2} <= {*first, *second} for first, second in shares)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
@@ -293,8 +322,9 @@ def test_two_workers_take_the_steps_of_one(both, alone, case, strategy):
     assert found == [pytest.approx(step, abs=1e-5) for step in log]
 
 
-def test_accumulation_takes_the_steps_of_one_batch(alone):
-    assert_close(alone["accumulated"][1], alone["all"][1])
+@pytest.mark.parametrize("case", ["accumulated", "packed", "recomputed"])
+def test_a_step_in_parts_in_one_row_or_with_blocks_computed_again_is_the_same(alone, case):
+    assert_close(alone[case][1], alone["all"][1])
 
 
 def test_a_sharded_stage_that_was_stopped_goes_on_to_the_same_bits(both):
@@ -307,19 +337,18 @@ def test_a_sharded_stage_that_was_stopped_goes_on_to_the_same_bits(both):
 
 
 @pytest.mark.parametrize(("before", "after"), [("fsdp", "ddp"), ("ddp", "fsdp"), ("fsdp", "one"), ("ddp", "one")])
-def test_a_checkpoint_serves_another_strategy_and_number_of_workers(both, before, after):
-    undisturbed, one = (Trial("all", "alone", Workers(0, 1, CPU), steps=4) for _ in range(2))
-    undisturbed.train()
+def test_a_checkpoint_serves_another_strategy_and_number_of_workers(both, undisturbed, before, after):
     found = both[0]["stop_and_go_on"].get(f"{before} to {after}")
     if after == "one":
         folder = both[0]["folder"] / f"{before} for one"
         assert [path.name for path in sorted(folder.iterdir())] == ["checkpoint-00000001", "checkpoint-00000002"]
         files = {path.suffix for path in folder.rglob("*") if path.is_file()}
         assert files == {".safetensors", ".json"}
+        one = Trial("all", "alone", Workers(0, 1, CPU), steps=4)
         log = one.train(folder)
         assert len(log) == 2
         found = one.weights()
-    assert_close(found, undisturbed.weights())
+    assert_close(found, undisturbed)
 
 
 @pytest.mark.parametrize("case", ["all", "tied", "lora"])

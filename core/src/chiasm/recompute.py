@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -18,6 +19,11 @@ class _Recomputed(nn.Module):
         return super().__call__(*args, **kwargs)
 
 
+@cache  # one for all blocks of a model, or compiled code would be compiled anew for each
+def _recomputed(kind: type[nn.Module]) -> type[nn.Module]:
+    return type(kind.__name__, (_Recomputed, kind), {"__module__": kind.__module__})
+
+
 def recompute(module: nn.Module, on: bool) -> None:
     """Switches activation checkpointing of a module, in place.
 
@@ -29,6 +35,5 @@ def recompute(module: nn.Module, on: bool) -> None:
         if not on:
             return
         # the call and not the forward is replaced, since what is compiled is the call; a call is looked up in the class
-        kind = type(module)
-        module.__class__ = type(kind.__name__, (_Recomputed, kind), {"__module__": kind.__module__})
+        module.__class__ = _recomputed(type(module))
     cast(_Recomputed, module).recomputed = on
