@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 
+from chiasm.build import build_vlm
 from chiasm.config import RunConfig, TokensConfig
+from chiasm.cost import SampleSize
+from chiasm.plan import plan_run
 from chiasm.prompt import PromptBuilder
 from chiasm.sample import Sample, Turn
 from chiasm_experiments.data.feed import Feed
@@ -16,7 +21,7 @@ from chiasm_experiments.data.mixture import Mixture
 from chiasm_experiments.training import meter as meters
 from chiasm_experiments.training.checkpoint import Checkpoints
 from chiasm_experiments.training.meter import Meter
-from chiasm_experiments.training.operations import peak_operations
+from chiasm_experiments.training.operations import ModelOperations, peak_operations
 from chiasm_experiments.training.sight import NOTHING, Sight
 from chiasm_experiments.training.stage import train_stage
 from chiasm_experiments.training.workers import Workers
@@ -114,6 +119,34 @@ def test_waiting_for_data_is_told():
 )
 def test_peaks_are_found_by_whole_words(name, tera):
     assert peak_operations(name) == (None if tera is None else pytest.approx(tera * 1e12))
+
+
+@pytest.mark.parametrize("train", [["adapter", "tokens"], ["encoders", "adapter", "llm"]], ids="+".join)
+def test_operations_of_a_sample_are_those_of_its_plan(train):
+    clip = {"image_size": 28, "patch_size": 14, "width": 16, "depth": 2, "heads": 2, "mlp_width": 16}
+    shape = {"width": 32, "depth": 1, "heads": 2, "kv_heads": 1, "mlp_width": 32, "context_length": 512}
+    stage = {"name": "s", "data": "world", "train": train, "lr": 1e-3, "batch_size": 4}
+    vision = {"encoders": [{"name": "clip", "shape": clip}], "adapter": "mlp"}
+    given = {"vision": vision, "llm": {"name": "causal", "shape": shape}, "stages": [stage], "system": ""}
+    run = RunConfig.model_validate(given)
+    vlm = build_vlm(run)
+    needed = ModelOperations(vlm, run, run.stages[0])
+    feed = Feed(vlm, PromptBuilder(vlm.llm, TokensConfig(), vlm.visual_tokens, ""))
+
+    class Grey:
+        key = "grey"
+
+        def load(self):
+            return Image.new("RGB", (30, 40))
+
+    example = feed.train(Sample("s", (Turn("what?", "a thing"),), (Grey(),)))
+    positions, answer = len(example.prompt), example.prompt.supervised
+    cost = plan_run(run, SampleSize(positions - vlm.visual_tokens, answer)).cost
+    assert needed([example]) == cost.stages["s"].flops
+    assert needed([example, example]) == 2 * needed([example])
+    if "encoders" not in train:  # whose features a cache may hold
+        stored = replace(example, pixels=())
+        assert needed([example]) - needed([stored]) == cost.encode
 
 
 class Texts:
