@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from chiasm.config import RunConfig, TokensConfig
 from chiasm.cost import train_flops
@@ -15,6 +18,8 @@ from chiasm_experiments.data.mixture import Mixture
 from chiasm_experiments.training import caching
 from chiasm_experiments.training.caching import count_uses, decide
 from chiasm_experiments.training.execution import Execution
+from chiasm_experiments.training.local import run_here
+from chiasm_experiments.training.run import Job
 from chiasm_experiments.training.speeds import DiskSpeed, disk_speed, encoder_seconds
 from chiasm_experiments.training.workers import Workers
 
@@ -182,3 +187,42 @@ def test_a_folder_that_cannot_be_made_is_told(make_vlm, tmp_path):
     assert "cannot be made" in ask("auto").why
     with pytest.raises(ConfigError, match="cache=on, and the folder .* cannot be made: .*; set cache_folder"):
         ask("on")
+
+
+def test_a_second_run_reads_what_the_first_one_stored_and_its_manifest_says_so(tmp_path):
+    shape = {"width": 32, "depth": 1, "heads": 2, "kv_heads": 1, "mlp_width": 32, "context_length": 512}
+    clip = {"image_size": 28, "patch_size": 14, "width": 16, "depth": 2, "heads": 2, "mlp_width": 16}
+    world = {"name": "world", "image_size": 96, "skills": ["colour"], "size": 8}
+    stage = {"name": "s", "data": world, "train": ["adapter"], "lr": 1e-3, "batch_size": 4}
+    run = RunConfig.model_validate(
+        {
+            "vision": {"encoders": [{"name": "clip", "shape": clip}], "adapter": "mlp"},
+            "llm": {"name": "causal", "shape": shape},
+            "system": "",
+            "stages": [stage],
+            "evaluate": {**world, "size": 2},
+        }
+    )
+    cache = tmp_path / "cache"
+
+    def execute(name, **execution):
+        (tmp_path / name).mkdir()
+        settings = Execution.model_validate({"cache_folder": cache, "loader_workers": 0, **execution})
+        job = Job(run.model_dump(mode="json"), str(tmp_path / name), {"trial": name, "study": None}, settings)
+        manifest = run_here(job, quiet=True)
+        assert json.loads((tmp_path / name / "manifest.json").read_text())["cache"] == manifest["cache"]
+        return manifest["cache"], load_file(tmp_path / name / "stages" / "s" / "adapter.safetensors")
+
+    decision, wanted = execute("live", cache="off")
+    assert decision == {"used": False, "why": "turned off"}
+    assert not cache.exists()
+    decision, first = execute("first", cache="on")
+    assert decision["used"]
+    assert (decision["images"], decision["uses"]) == (8, 8)
+    (index,) = cache.glob("*/*.index")
+    assert index.stat().st_size == 64 * 10, "eight images to train on, and two that are asked about"
+    decision, second = execute("second", cache="on")
+    assert index.stat().st_size == 64 * 10
+    for name, value in wanted.items():
+        torch.testing.assert_close(first[name], value, rtol=0, atol=1e-6)
+        torch.testing.assert_close(second[name], value, rtol=0, atol=1e-6)
