@@ -66,7 +66,7 @@ def train(run_file: Path, out: Path, settings: tuple[str, ...], as_json: bool) -
     Stopped anywhere, it goes on from its last checkpoint when it is called again. Writes the configuration (run.json),
     weights in safetensors for each stage, metrics.jsonl, a row for each question (questions.parquet) and the manifest
     with scores and cost. What --set takes are the fields of a study's `resources` that concern one run, among them
-    loader_workers, checkpoint_seconds, strategy, cache, pack, compile and activation_checkpointing.
+    loader_workers, checkpoint_seconds, strategy, cache, pack, compile, activation_checkpointing, loggers and profile.
     """
     from chiasm.config import load_run
     from chiasm.errors import ConfigError
