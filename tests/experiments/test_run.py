@@ -221,31 +221,36 @@ def test_a_study_runs_through_ray_resumes_and_reports(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_workers_train_the_model_of_one(tmp_path):
-    """The same study on one worker and on two that talk through gloo: the same losses, weights and answers."""
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(RUN))
-    losses, weights, answers = [], [], []
-    for workers in (1, 2):
-        study = {
-            "name": f"on{workers}",
-            "base": "run.yaml",
-            "factors": {"vision.adapter": ["mlp"]},
-            "seeds": [0],
-            "resources": {"workers": workers, "cpus_per_worker": 0.5},
-        }
-        (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
-        environment = {"CHIASM_RUNS": str(tmp_path / "runs"), "RAY_AUTH_MODE": "disabled"}
-        result = cli("sweep", "study.yaml", "--json", cwd=tmp_path, **environment)
-        assert result.returncode == 0, result.stderr
-        (trial,) = (tmp_path / "runs" / f"on{workers}" / "trials").iterdir()
-        assert json.loads((trial / "manifest.json").read_text())["workers"] == workers
-        losses.append([json.loads(line)["loss"] for line in (trial / "metrics.jsonl").read_text().splitlines()])
-        weights.append(load_file(trial / "stages" / "finetune" / "adapter.safetensors"))
-        answers.append(list(pd.read_parquet(trial / "questions.parquet").response))
-    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
-    for name, value in weights[0].items():
-        torch.testing.assert_close(weights[1][name], value, rtol=0, atol=1e-5)
-    assert answers[0] == answers[1]
+def test_two_workers_train_the_model_of_one(job, tmp_path):
+    """A trial on two workers that hold shards and talk through gloo ends as the same run in one process."""
+    change = {"stages": [RUN["stages"][1]]}
+    study = {
+        "name": "on2",
+        "base": RUN | change,
+        "factors": {"vision.adapter": ["mlp"]},
+        "seeds": [0],
+        "resources": {"workers": 2, "cpus_per_worker": 0.5, "strategy": "fsdp"},
+    }
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+    environment = {"CHIASM_RUNS": str(tmp_path / "runs"), "RAY_AUTH_MODE": "disabled"}
+    result = cli("sweep", "study.yaml", "--json", cwd=tmp_path, **environment)
+    assert result.returncode == 0, result.stderr
+    (trial,) = (tmp_path / "runs" / "on2" / "trials").iterdir()
+    manifest = json.loads((trial / "manifest.json").read_text())
+    assert manifest["workers"] == 2
+    assert manifest["strategy"]["name"] == "fsdp"
+
+    one = run_here(job(**change), quiet=True)
+    assert one["strategy"]["name"] == "alone"
+    losses = [stage["first_loss"] for stage in (*one["stages"], *manifest["stages"])]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    for part in ("adapter", "llm"):
+        files = [folder / "stages" / "finetune" / f"{part}.safetensors" for folder in (tmp_path / "run", trial)]
+        wanted, found = map(load_file, files)
+        assert set(found) == set(wanted)
+        for name, value in wanted.items():
+            torch.testing.assert_close(found[name], value, rtol=0, atol=1e-5)
+    assert manifest["scores"] == one["scores"]
 
 
 @pytest.mark.slow
