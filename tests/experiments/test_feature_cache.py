@@ -10,10 +10,14 @@ import time
 import pytest
 import torch
 from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import Whitespace
 
 from chiasm.config import ImageConfig, RunConfig, TokensConfig
 from chiasm.encoder import Encoder
 from chiasm.errors import DataError
+from chiasm.image import looked_up, normalise
 from chiasm.prompt import PromptBuilder
 from chiasm.sample import ImageFile, Sample, Turn
 from chiasm.views import Views
@@ -233,6 +237,22 @@ def test_a_settled_file_is_read_once(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("encoder", [ClipEncoder, Dinov2Encoder])
+@pytest.mark.parametrize("views", [{}, {"views": "tiles", "max_tiles": 4}])
+def test_bytes_become_the_pixels_that_the_encoder_makes_itself(make_vlm, encoder, views):
+    tiny, every = encoder.tiny(), torch.arange(256, dtype=torch.uint8).expand(1, 3, 2, 256)
+    spec = tiny.geometry.image
+    # as a GPU does it; there the table is the same
+    assert torch.equal(looked_up(every, spec), normalise(every, spec))
+    cut = Views(ImageConfig.model_validate(views), spec, make_vlm().adapter.out)
+    noise = Image.frombytes("RGB", (40, 30), bytes(i * 7919 % 251 for i in range(3600)))
+    rgb = cut.bytes(noise, tiny)
+    assert rgb.dtype == torch.uint8
+    wanted = cut.pixels(noise, tiny)
+    assert torch.equal(normalise(rgb, spec), wanted)
+    assert torch.equal(looked_up(rgb, spec), wanted)
+
+
+@pytest.mark.parametrize("encoder", [ClipEncoder, Dinov2Encoder])
 def test_what_is_stored_is_what_was_computed(make_vlm, tmp_path, encoder):
     """Two views of the same images: as computed with the store, and as read from it by another process's feed."""
     torch.manual_seed(0)
@@ -358,6 +378,19 @@ def test_an_error_in_any_process_names_the_sample_and_keeps_its_kind(make_vlm, l
     wanted = r"^image 'gone.png' does not exist\nin sample 'culprit'\n\(sample 5 of the stage's data\)$"
     with pytest.raises(DataError, match=wanted):
         list(steps)
+
+
+def test_processes_start_without_a_word_on_standard_error(make_vlm, capfd, monkeypatch):
+    """Some releases of tokenizers that ran in threads before a fork say so in every child, unless told what to do; and
+    Python 3.12 warns of a fork beside threads, which pytest makes an error."""
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.encode_batch(["some words"] * 64)
+    vlm = make_vlm()
+    vlm.llm.tokenizer = tokenizer
+    assert len(list(load_steps([range(12)], Samples(), make_feed(vlm), CPU, 2))) == 1
+    assert capfd.readouterr().err == ""
 
 
 def test_other_steps_than_chunks_come_in_order_with_their_own_pixels(make_vlm):

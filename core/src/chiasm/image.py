@@ -112,9 +112,12 @@ def normalise(rgb_B3HW: Tensor, spec: ImageSpec) -> Tensor:
     Returns:
         `[B, 3, H, W]` float32 on the device of the bytes.
     """
-    if rgb_B3HW.device.type == "cpu":
-        return _normalised(rgb_B3HW, spec)
     # GPUs divide by a constant as they multiply by its inverse, which rounds otherwise: all that can be is looked up
+    return _normalised(rgb_B3HW, spec) if rgb_B3HW.device.type == "cpu" else looked_up(rgb_B3HW, spec)
+
+
+def looked_up(rgb_B3HW: Tensor, spec: ImageSpec) -> Tensor:
+    """`normalise` from a table that was computed on the CPU."""
     table, first_311 = _table(spec, rgb_B3HW.device)
     return table[rgb_B3HW.int() + first_311]
 

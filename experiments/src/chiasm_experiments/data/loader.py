@@ -89,6 +89,7 @@ def _from_processes(
     if context is None:
         context = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
     chunks = [list(step[first : first + CHUNK]) for step in steps for first in range(0, len(step), CHUNK)]
+    longest = max((-(-len(step) // CHUNK) for step in steps), default=1)
     loader: DataLoader[Any] = DataLoader(
         _Examples(samples, feed),
         batch_sampler=chunks,
@@ -96,7 +97,7 @@ def _from_processes(
         collate_fn=_pack,
         multiprocessing_context=context,
         pin_memory=device.type == "cuda",
-        prefetch_factor=4,
+        prefetch_factor=max(2, -(-2 * longest // processes)),  # two steps, and no process without work
         worker_init_fn=partial(_begin, feed if context == "fork" else None),
     )
     with warnings.catch_warnings():

@@ -58,6 +58,7 @@ def disk_speed(folder: Path, size: int) -> DiskSpeed:
     data = bytearray(os.urandom(2**16) * (count // 2**16))
     cpu = torch.device("cpu")
     file = os.open(path, os.O_RDWR | os.O_CREAT)
+    path.unlink()  # its bytes go with the open file, even if the process is killed
     try:
 
         def write() -> None:
@@ -70,7 +71,6 @@ def disk_speed(folder: Path, size: int) -> DiskSpeed:
         again = _timed(lambda: os.preadv(file, [data], 0), cpu)
     finally:
         os.close(file)
-        path.unlink()
     return DiskSpeed(len(data) / written, len(data) / read, len(data) / again)
 
 
