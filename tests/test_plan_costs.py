@@ -169,12 +169,14 @@ def test_workers_divide_the_weights_the_moments_and_the_gradients_of_the_languag
     assert 0 < outside < block
     gathered = 2 * (2 * block + outside) + (2 + 4) * block
     memory = stage.memory
-    assert memory.activations > memory.gradients + memory.llm_gradients
-    assert stage.worker_bytes(1) - stage.worker_bytes(4) == (4 + 2 + 8) * size - (4 + 8) * size // 4 - gathered
+    assert memory.kept > memory.gradients + memory.llm_gradients
+    # of the four samples of a step each of four workers has one
+    saved = (4 + 2 + 8) * size - (4 + 8) * size // 4 - gathered + 3 * memory.kept
+    assert stage.worker_bytes(1) - stage.worker_bytes(4) == saved
     # where gradients are more than what is kept for them, they count, and each worker has its share of them
-    full = replace(memory, activations=0)
-    assert full.peak(1) - memory.peak(1) == memory.gradients + 4 * size - memory.activations
-    assert full.peak(4) - memory.peak(4) == memory.gradients + size - memory.activations
+    full = replace(memory, kept=0)
+    assert full.peak(1) - memory.peak(1) == memory.gradients + 4 * size - 4 * memory.kept
+    assert full.peak(4) - memory.peak(4) == memory.gradients + size - memory.kept
     text = plans_as_text([("cell", plan)], SampleSize(), workers=4)
     assert "each of 4 GPUs" in text
     assert plan.summary(4)["gpu_bytes"] == {"s": stage.worker_bytes(4)}

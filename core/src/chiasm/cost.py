@@ -66,13 +66,18 @@ class StageMemory:
     gradients: int
     """Of all but the language model."""
     llm_gradients: int
-    activations: int
-    """Kept of a micro-batch between forward and backward."""
+    kept: int
+    """Of one sample between forward and backward."""
+    micro_batch: int
+    """Samples at once, or all of a worker's share where that is less."""
+    batch: int
+    """Samples of a step over all workers."""
 
     def peak(self, workers: int = 1) -> int:
         """Of each worker; the language model is spread over several. Gradients take the place of activations."""
         llm = self.llm + self.copies if workers == 1 else -(-self.llm // workers) + self.gathered
-        return self.others + llm + max(self.activations, self.gradients + -(-self.llm_gradients // workers))
+        activations = min(self.micro_batch, -(-self.batch // workers)) * self.kept
+        return self.others + llm + max(activations, self.gradients + -(-self.llm_gradients // workers))
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,5 +269,7 @@ def stage_memory(
         gathered=(2 * block + rest) * HALF + sent * (HALF + FULL),
         gradients=learning * FULL,
         llm_gradients=llm_learning * FULL,
-        activations=_micro_batch(stage) * kept,
+        kept=kept,
+        micro_batch=_micro_batch(stage),
+        batch=stage.batch_size,
     )

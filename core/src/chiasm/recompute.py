@@ -35,5 +35,6 @@ def recompute(module: nn.Module, on: bool) -> None:
         if not on:
             return
         # the call and not the forward is replaced, since what is compiled is the call; a call is looked up in the class
-        module.__class__ = _recomputed(type(module))
+        kind: Any = type(module)
+        module.__class__ = _recomputed(kind)
     cast(_Recomputed, module).recomputed = on
