@@ -4,7 +4,9 @@
     the chat template, with SOI  visual tokens  EOI  at the images' place           tokens.turns: template
 
 Answers and the token that ends them are supervised, nothing else. Each piece of text is tokenised on its own, so the
-boundary between a prompt and its answer is the same in training and in generation.
+boundary between a prompt and its answer is the same in training and in generation: tokenised in one go, a tokenizer may
+merge the template's last character with the answer's first, which no prompt that waits for its answer can hold. What
+the pieces say together is checked to be what the template writes of the dialogue.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from enum import IntEnum
 from chiasm.config import TokensConfig
 from chiasm.errors import ConfigError, DataError
 from chiasm.llm import LanguageModel, Message
-from chiasm.sample import IMAGE_MARKER, Sample, count_markers
+from chiasm.sample import IMAGE_MARKER, Sample, Turn, count_markers
 
 IGNORE = -100
 """The label of positions that are not supervised; torch's own `ignore_index`."""
@@ -109,6 +111,7 @@ class PromptBuilder:
         self.tokens = tokens
         self.visual_tokens = visual_tokens
         self.system = system
+        self._marks: set[int] | None = None
 
     def train(self, sample: Sample, views: Views | None = None) -> Prompt:
         """The whole dialogue with its labels, cut at the end where it exceeds the context.
@@ -118,11 +121,14 @@ class PromptBuilder:
             views: for each image the visual tokens of each of its views; None: one view each.
 
         Raises:
-            DataError: a turn has no answer, or nothing is supervised within the context; the message names the sample.
+            DataError: a turn has no answer, nothing is supervised within the context, the template writes the dialogue
+                otherwise, or a text holds what marks a turn's end; the message names the sample.
         """
         if sample.turns[-1].answer is None:
             raise DataError(f"sample {sample.id!r}: the last turn has no answer; training needs one")
+        self._check_answers(sample)
         prompt = self._write(sample, views)
+        _check_mask(prompt, sample)
         limit = self.llm.geometry.context_length
         cut_image = Position.VISUAL in prompt.kinds[limit:]
         prompt.cut = max(0, len(prompt) - limit)
@@ -184,7 +190,8 @@ class PromptBuilder:
 
     def _write_template(self, prompt: Prompt, sample: Sample) -> None:
         pieces = self._template_pieces(sample)
-        contents = self._contents(sample)
+        contents = self._rendered(sample, pieces)
+        self._give_spaces(sample, pieces, contents)
         first_question = next(i for i, (role, _) in enumerate(contents) if role == "user")
         # a template may write BOS itself; one that does not leaves it to the tokenizer
         head = self._ids(pieces[0])
@@ -235,6 +242,71 @@ class PromptBuilder:
             pieces.append(before)
         return [*pieces, rest]
 
+    def _rendered(self, sample: Sample, pieces: Sequence[str]) -> list[tuple[str, str]]:
+        """The contents as the template writes them, some of which strip white space.
+
+        Raises:
+            DataError: it writes them in yet another way, so the answers in its text are not the sample's.
+        """
+        contents = self._contents(sample)
+        messages = [Message(role=role, content=text) for role, text in contents]  # type: ignore[typeddict-item]
+        rendered = self.llm.render_chat(messages, generate=sample.turns[-1].answer is None)
+        stripped = [(role, text.strip()) for role, text in contents]
+        for written in (contents, stripped):
+            text = pieces[0] + "".join(content + after for (_, content), after in zip(written, pieces[1:], strict=True))
+            if text == rendered:
+                return written
+        place = next((i for i, (a, b) in enumerate(zip(text, rendered, strict=False)) if a != b), len(rendered))
+        near = slice(max(0, place - 20), place + 40)
+        raise DataError(
+            f"sample {sample.id!r}: the chat template of {type(self.llm).__name__} writes a message otherwise than it "
+            f"is: {rendered[near]!r} where {text[near]!r} was to be; change the sample, or set tokens.turns to [USER, "
+            "BOT]"
+        )
+
+    def _give_spaces(self, sample: Sample, pieces: list[str], contents: list[tuple[str, str]]) -> None:
+        """Moves white space that the template writes before an answer, and a prompt without its answer lacks, into it.
+
+        Mistral's template does so: the model has to write that space itself.
+        """
+        for i, (role, content) in enumerate(contents):
+            space = pieces[i][len(pieces[i].rstrip()) :]
+            if role != "assistant" or not space:
+                continue
+            asked = [Message(role=role, content=f"\ue000{k}") for k, (role, _) in enumerate(contents[:i])]  # type: ignore[typeddict-item]
+            prompt = self.llm.render_chat(asked, generate=True).rpartition("\ue000")[2].removeprefix(str(i - 1))
+            if len(prompt) < len(pieces[i]) and pieces[i].startswith(prompt) and not pieces[i][len(prompt) :].strip():
+                pieces[i], contents[i] = prompt, (role, pieces[i][len(prompt) :] + content)
+
+    def _check_answers(self, sample: Sample) -> None:
+        """Looks for text that would be read as the start of a sequence, the end of a turn, or an image.
+
+        Raises:
+            DataError: the sample's name and the turn.
+        """
+        template = self.tokens.turns == "template"
+        ends = {self.llm.bos_id, self.llm.eos_id} | (self._turn_marks() if template else set())
+        for i, turn in enumerate(sample.turns):
+            for what, text in (("question", turn.question), ("answer", turn.answer or "")):
+                if not ends.isdisjoint(self._ids(text)):
+                    raise DataError(
+                        f"sample {sample.id!r}: the {what} of turn {i} holds the text of a special token, which would "
+                        f"be read as the end of a turn: {text[:80]!r}; rewrite or leave out the sample"
+                    )
+            if IMAGE_MARKER in (turn.answer or ""):
+                raise DataError(
+                    f"sample {sample.id!r}: the answer of turn {i} holds {IMAGE_MARKER}, where no image can stand; "
+                    "put the marker into a question"
+                )
+
+    def _turn_marks(self) -> set[int]:
+        """The special tokens that the chat template writes around messages."""
+        if self._marks is None:
+            probe = Sample("", (Turn("?", "!"),))
+            ids = [token for piece in self._template_pieces(probe) for token in self._ids(piece)]
+            self._marks = set(ids) & self.llm.special_ids
+        return self._marks
+
     def _content(self, prompt: Prompt, text: str) -> None:
         """A question: its text, and an image at each marker."""
         pieces = text.split(IMAGE_MARKER)
@@ -249,6 +321,22 @@ class PromptBuilder:
 
     def _ids(self, text: str) -> list[int]:
         return self.llm.tokenize(text) if text else []
+
+
+def _check_mask(prompt: Prompt, sample: Sample) -> None:
+    """Checks that each answer is one supervised run of text that is not empty, and that nothing else is supervised.
+
+    Raises:
+        DataError: the tokenizer or the template made it otherwise; the message names the sample.
+    """
+    known = [label != IGNORE for label in prompt.labels]
+    runs = sum(now and not before for before, now in zip([False, *known], known, strict=False))
+    text = all(kind == Position.TEXT for kind, on in zip(prompt.kinds, known, strict=True) if on)
+    if runs != len(sample.turns) or not text:
+        raise DataError(
+            f"sample {sample.id!r}: {len(sample.turns)} answers are supervised in {runs} runs of positions; the "
+            "language model's tokenizer and chat template disagree on where they stand"
+        )
 
 
 def sample_size(sample: Sample) -> str:
