@@ -340,3 +340,32 @@ def test_trials_that_would_wait_are_started_later(tmp_path):
     finish(done)
     refer(tmp_path / "trials" / names[0] / "stages" / "pretrain", "key", done)
     assert not any(sharing.would_wait(name, [names[0]]) for name in names)
+
+
+@pytest.mark.slow
+def test_a_study_of_the_second_stage_trains_the_first_once_for_each_seed(tmp_path):
+    """Through Ray, two trials at a time."""
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(RUN))
+    study = {
+        "name": "common",
+        "base": "run.yaml",
+        "factors": {"stages.finetune.lr": [1e-3, 1e-2]},
+        "seeds": [0, 1],
+        "resources": {"cpus_per_worker": 0.5, "concurrent": 2, "loggers": []},
+    }
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+    command = [sys.executable, "-m", "chiasm.cli", "sweep", "study.yaml", "--json"]
+    variables = os.environ | {"CHIASM_RUNS": str(tmp_path), "RAY_AUTH_MODE": "disabled"}
+
+    result = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=280)
+    assert result.returncode == 0, result.stderr
+    files = sorted((tmp_path / "common" / "trials").glob("*/manifest.json"))
+    manifests = [json.loads(file.read_text()) for file in files]
+    assert len(manifests) == 4
+    for seed in (0, 1):
+        of_seed = [manifest["stages"] for manifest in manifests if manifest["seed"] == seed]
+        assert sorted(first["shared"] for first, _ in of_seed) == [False, True]
+        assert not any(second["shared"] for _, second in of_seed)
+    stages = {path.name for path in (tmp_path / "common" / "stages").glob("[!.]*")}
+    assert len(stages) == 2
+    assert "time saved by shared stages" in (tmp_path / "common" / "report.md").read_text()
