@@ -100,6 +100,32 @@ def test_the_size_is_kept_and_what_was_used_last_stays(tmp_path):
     assert reader.views("image0") == 1
 
 
+def test_packs_are_dropped_from_the_one_that_was_not_used_for_longest(tmp_path):
+    limit = 2**20
+    writer = shelf(tmp_path, limit)
+    for number in range(int(0.9 * limit / features(0).nbytes)):
+        writer.put(f"image{number}", features(number))
+    writer.close()
+    packs = sorted(tmp_path.glob("*/*.data"))
+    assert len(packs) > 10
+    order = packs[3:] + packs[:3]
+    for age, data in enumerate(order):
+        os.utime(data, (1e9 + age, 1e9 + age))
+    number = 0
+    while sum(data.exists() for data in packs) > len(packs) - 4:
+        writer.put(f"other{number}", features(number))
+        number += 1
+    left = [data.exists() for data in order]
+    assert left == [False] * left.count(False) + [True] * left.count(True)
+
+
+def test_what_another_finished_between_a_look_and_a_claim_is_not_computed_again(tmp_path):
+    own, other = shelf(tmp_path), shelf(tmp_path)
+    assert own.views("image") is None
+    other.put("image", features(0))
+    assert own.claim(["image", "new"]) == ["new"]
+
+
 def test_a_share_keeps_the_same_images_in_every_process(tmp_path):
     halves = [shelf(tmp_path, share=0.5) for _ in range(2)]
     kept = [[number for number in range(1000) if half.keeps(f"image{number}")] for half in halves]

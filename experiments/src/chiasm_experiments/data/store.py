@@ -212,10 +212,10 @@ class Shelf:
             self._numbers[self._numbers.index(pack)] = None
             pack.close()
 
-    def _entry(self, digest: bytes) -> tuple[Pack, int, int] | None:
-        """Pack, row and size of an entry."""
+    def _entry(self, digest: bytes, *, look: bool = True) -> tuple[Pack, int, int] | None:
+        """Pack, row and size of an entry; one that is not known yet is looked for."""
         place = self._places.get(digest)
-        if place is None or time.monotonic() - self._looked > LOOK_SECONDS:
+        if look and (place is None or time.monotonic() - self._looked > LOOK_SECONDS):
             self.look()
             place = self._places.get(digest)
         if place is None:
@@ -279,9 +279,9 @@ class Shelf:
             if claims.take(digest_of(key)):
                 mine.append(key)
         self.look()  # what another process finished between our look and our claim
-        known = [key for key in mine if self.views(key) is not None]
+        known = {key for key in mine if self._entry(digest_of(key), look=False) is not None}
         self.release(known)
-        return [key for key in mine if key not in set(known)]
+        return [key for key in mine if key not in known]
 
     def release(self, keys: Iterable[str]) -> None:
         """Gives claims back: the features stand on the shelf, or could not be computed."""
