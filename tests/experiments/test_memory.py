@@ -166,6 +166,42 @@ def test_on_a_gpu_the_size_is_measured_and_checkpointing_is_estimated(built, mon
     vlm.llm.checkpoint_activations(False)
 
 
+def test_a_trial_pass_counts_what_comes_later_and_leaves_nothing(built, monkeypatch):
+    vlm, feed, samples = built
+    stage = run_config().stages[0]
+    learning = sum(p.numel() for part in stage.train for p in vlm.part(part).parameters())
+    seen = []
+
+    def peak(device):
+        seen.append(all(p.grad is not None for p in vlm.adapter.parameters()))
+        return 1000
+
+    for name in ("reset_peak_memory_stats", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", peak)
+    monkeypatch.setattr(memory, "HEADROOM", 0.0)
+    examples = [feed.train(samples[i]) for i in (0, 1)]
+
+    def fits(room: int, *, again: bool) -> bool:
+        monkeypatch.setattr(memory, "free_bytes", lambda device: room)
+        found = memory._try(vlm, run_config(), stage, feed, examples, CPU.device, again=again)
+        assert all(p.grad is None for p in vlm.parameters())
+        return found
+
+    assert fits(1000 + 8 * learning, again=False)
+    assert not fits(1000 + 8 * learning - 1, again=False)
+    assert not fits(1000 + 8 * learning, again=True)
+    assert fits(1000 + 12 * learning, again=True)
+    assert seen == [True] * 4
+
+    def exhausted(*_):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(type(vlm), "forward", exhausted)
+    assert not fits(10**9, again=False)
+
+
 def test_a_step_that_runs_out_of_memory_says_what_to_set():
     stage = run_config().stages[0]
     with pytest.raises(MemoryShortError, match=r"'s': .* of 12 samples .* below 12 .*checkpointing=on"):  # noqa: SIM117
