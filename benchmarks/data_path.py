@@ -96,7 +96,7 @@ def measure(vlm: VLM, run: RunConfig, device: torch.device, counts: Sequence[int
         for processes in counts:
             count = max(least, each * processes) // BATCH * BATCH
             live[str(processes)] = rate(feed, samples, device, processes, count)
-            stored[str(processes)] = rate(known, samples, device, processes, 4 * count)
+            stored[str(processes)] = rate(known, samples, device, processes, 2 * count)
             print(f"{processes} processes: live {live[str(processes)]:.0f}, stored {stored[str(processes)]:.0f}")
         known.close()
     return {"live": live, "stored": stored}

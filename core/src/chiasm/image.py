@@ -29,6 +29,8 @@ centre kept, borders lost. `squash`: both edges to size, aspect lost. `native`: 
 processor does.
 """
 
+_LOOKED_UP = 32
+
 
 class ImageSpec(Settings):
     """The pixels that an encoder wants."""
@@ -119,7 +121,12 @@ def normalise(rgb_B3HW: Tensor, spec: ImageSpec) -> Tensor:
 def looked_up(rgb_B3HW: Tensor, spec: ImageSpec) -> Tensor:
     """`normalise` from a table that was computed on the CPU."""
     table, first_311 = _table(spec, rgb_B3HW.device)
-    return table[rgb_B3HW.int() + first_311]
+    pixels_B3HW = torch.empty(rgb_B3HW.shape, dtype=torch.float32, device=rgb_B3HW.device)
+    # some at a time: indices are eight times as large as the bytes
+    for first in range(0, len(rgb_B3HW), _LOOKED_UP):
+        some = slice(first, first + _LOOKED_UP)
+        pixels_B3HW[some] = table[rgb_B3HW[some].int() + first_311]
+    return pixels_B3HW
 
 
 @lru_cache(maxsize=64)

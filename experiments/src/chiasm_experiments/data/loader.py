@@ -10,6 +10,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any, Protocol
@@ -119,7 +120,8 @@ def _read_ahead(made: Iterator[list[Example]], feed: Feed, device: torch.device)
         return examples
 
     # pinned memory belongs to a device, and a thread begins on the first one
-    with ThreadPoolExecutor(1, "chiasm-ahead", torch.cuda.set_device, (device,)) as thread:
+    index = torch.cuda.current_device() if device.index is None else device.index
+    with ThreadPoolExecutor(1, "chiasm-ahead", torch.cuda.set_device, (index,)) as thread:
         ahead: deque[Future[list[Example]]] = deque()
         for examples in made:
             views = sum(len(image) for example in examples for image in example.prompt.views)
@@ -170,30 +172,38 @@ def _begin(feed: Feed | None, _: int) -> None:
             features.shelf.forked()
 
 
-Packed = tuple[list[Any], list[Tensor], list[list[list[int]]]]
+Packed = tuple[list[Any], list[int], Tensor, list[Tensor], list[list[list[int]]]]
+
+
+_NOTHING = torch.empty(3, 0, dtype=torch.int32)
 
 
 def _pack(items: list[Example | ChiasmError]) -> Packed:
-    """A chunk with the pixels of each encoder in one tensor: one piece of shared memory instead of one per image."""
+    """A chunk with all positions in one tensor, and the pixels of each encoder: few pieces of shared memory."""
     stacks: list[Tensor] = []
     counts: list[list[list[int]]] = []
     for item in items:
         if isinstance(item, ChiasmError):
-            return [item], [], []
+            return [item], [], torch.empty(0), [], []
     examples = [item for item in items if isinstance(item, Example)]
     for k in range(max((len(example.pixels) for example in examples), default=0)):
         views = [list(example.pixels[k]) if example.pixels else [] for example in examples]
         flat = [pixels for mine in views for pixels in mine]
         stacks.append(torch.cat(flat) if flat else torch.empty(0))
         counts.append([[len(pixels) for pixels in mine] for mine in views])
-    bare = [Example(e.prompt, e.images, e.keys, ((),) * len(e.pixels)) for e in examples]
-    return bare, stacks, counts
+    values_3T = torch.cat([example.prompt.values_3T for example in examples], dim=1)
+    bare = [Example(replace(e.prompt, values_3T=_NOTHING), e.images, e.keys, ((),) * len(e.pixels)) for e in examples]
+    return bare, [len(example.prompt) for example in examples], values_3T, stacks, counts
 
 
-def _unpack(examples: list[Any], stacks: list[Tensor], counts: list[list[list[int]]]) -> list[Example]:
+def _unpack(
+    examples: list[Any], lengths: list[int], values_3T: Tensor, stacks: list[Tensor], counts: list[list[list[int]]]
+) -> list[Example]:
     for example in examples:
         if isinstance(example, ChiasmError):
             raise example
+    for example, mine_3T in zip(examples, torch.split(values_3T, lengths, dim=1), strict=True):
+        example.prompt = replace(example.prompt, values_3T=mine_3T)
     each = [
         iter(torch.split(stack, [views for mine in count for views in mine]))
         for stack, count in zip(stacks, counts, strict=True)
