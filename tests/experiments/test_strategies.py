@@ -6,10 +6,14 @@ All work of the two workers happens in one pair of processes, which talk through
 from __future__ import annotations
 
 import multiprocessing
+import os
 import shutil
-import traceback
+import signal
+import subprocess
+import sys
 from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +23,7 @@ from PIL import Image
 
 from chiasm.build import build_vlm
 from chiasm.config import RunConfig
+from chiasm.errors import ConfigError
 from chiasm.sample import Sample, Turn
 from chiasm_experiments.data.mixture import Mixture
 from chiasm_experiments.data.order import Order
@@ -220,6 +225,13 @@ def train_in_half_precision(workers: Workers, folder) -> Any:
     return in_two_stages(Trial("bfloat16", "fsdp", workers))
 
 
+def refuse_adafactor(workers: Workers, folder) -> str:
+    """What a stage says whose optimiser cannot train shards."""
+    with pytest.raises(ConfigError) as refused:
+        Trial("all", "fsdp", workers, optimizer="adafactor").train()
+    return str(refused.value)
+
+
 def in_two_stages(trial: Trial) -> tuple[list[tuple[float, float]], set[str]]:
     log = trial.train()
     before = trial.weights()
@@ -227,48 +239,47 @@ def in_two_stages(trial: Trial) -> tuple[list[tuple[float, float]], set[str]]:
     return log, {name for name, value in trial.weights().items() if not torch.equal(value, before[name])}
 
 
-def work(rank: int, folder, pipe) -> None:
+def work(rank: int, folder: Path) -> None:
     """All that one of the two workers does."""
-    try:
-        torch.set_num_threads(1)
-        wait = timedelta(seconds=60)
-        dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=wait)
-        workers = Workers(rank, 2, CPU)
-        found: dict[Any, Any] = {
-            (case, strategy): learn(case, strategy, workers) for case in CASES for strategy in ("ddp", "fsdp")
-        }
-        for step in (stop_and_go_on, save_and_load, answer_alone, train_in_half_precision):
-            found[step.__name__] = step(workers, folder)
-        dist.destroy_process_group()
-        torch.save(found, folder / f"{rank}.pt")
-        pipe.send(None)
-    except BaseException:
-        pipe.send(traceback.format_exc())
+    torch.set_num_threads(1)
+    wait = timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=wait)
+    workers = Workers(rank, 2, CPU)
+    found: dict[Any, Any] = {
+        (case, strategy): learn(case, strategy, workers) for case in CASES for strategy in ("ddp", "fsdp")
+    }
+    for step in (stop_and_go_on, save_and_load, answer_alone, train_in_half_precision, refuse_adafactor):
+        found[step.__name__] = step(workers, folder)
+    dist.destroy_process_group()
+    torch.save(found, folder / f"{rank}.pt")
+
+
+def main(folder: Path) -> int:
+    """Both workers; how many failed."""
+    Trial("lora", "alone", Workers(0, 1, CPU))  # imports what both need, before they part
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=work, args=(rank, folder)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    return sum(process.exitcode != 0 for process in processes)
 
 
 @pytest.fixture(scope="module")
-def both(alone, tmp_path_factory):
+def both(request, tmp_path_factory):
     """What the two workers found."""
-    assert alone  # which has imported all that they need
     folder = tmp_path_factory.mktemp("workers")
-    context = multiprocessing.get_context("fork")  # each would take seconds to import what is imported here already
-    pipes, processes = [], []
-    for rank in range(2):
-        ours, theirs = context.Pipe()
-        process = context.Process(target=work, args=(rank, folder, theirs))
-        process.start()
-        theirs.close()
-        pipes.append(ours)
-        processes.append(process)
+    with (folder / "errors").open("w") as errors:
+        # not forked from here, where autograd has run
+        process = subprocess.Popen([sys.executable, __file__, str(folder)], stderr=errors, start_new_session=True)
+    request.getfixturevalue("alone")  # meanwhile
     try:
-        for pipe in pipes:
-            assert pipe.poll(PATIENCE), "the workers wait for each other"
-            error = pipe.recv()
-            assert error is None, error
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
+        failed = process.wait(PATIENCE)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        pytest.fail(f"the workers wait for each other: {(folder / 'errors').read_text()}")
+    assert not failed, (folder / "errors").read_text()
     return [torch.load(folder / f"{rank}.pt") | {"folder": folder} for rank in range(2)]
 
 
@@ -373,6 +384,12 @@ def test_workers_answer_different_numbers_of_questions(both):
     assert [worker["answer_alone"] for worker in both] == [answers_of(one, 2), answers_of(one, 1)]
 
 
+def test_an_optimiser_that_cannot_train_shards_is_refused_on_every_worker(both):
+    for worker in both:
+        assert "adafactor" in worker["refuse_adafactor"]
+        assert "strategy=ddp" in worker["refuse_adafactor"]
+
+
 def test_frozen_half_precision_beside_what_learns_in_float32(both):
     wanted, changed = in_two_stages(Trial("bfloat16", "alone", Workers(0, 1, CPU)))
     assert changed
@@ -380,3 +397,7 @@ def test_frozen_half_precision_beside_what_learns_in_float32(both):
     for worker in both:
         assert worker["train_in_half_precision"][1] == changed
     assert both[0]["train_in_half_precision"][0] == [pytest.approx(step, rel=0.02) for step in wanted]
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
