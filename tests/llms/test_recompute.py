@@ -62,6 +62,13 @@ def test_gradients_are_the_same_bits_and_less_is_kept(learns, packed):
     assert saved_bytes(lambda: llm(embeds_of(llm)), llm) == kept
 
 
+def test_blocks_stay_of_one_class():
+    """Compiled code would be compiled anew for each class, up to a limit behind which it runs uncompiled."""
+    llm = make()
+    llm.checkpoint_activations(True)
+    assert len({type(block) for block in llm.blocks}) == 1
+
+
 def test_dropout_draws_the_same_again():
     llm = make({"rank": 2, "dropout": 0.5}).train()
     wanted = gradients(llm)
