@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from filelock import FileLock
 from PIL import Image
 
 from chiasm.build import build_vlm
@@ -268,19 +270,28 @@ def main(folder: Path) -> int:
 
 @pytest.fixture(scope="module")
 def both(request, tmp_path_factory):
-    """What the two workers found."""
-    folder = tmp_path_factory.mktemp("workers")
+    """What the two workers found, once for all processes that run tests."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "workers"
+    files = [folder / f"{rank}.pt" for rank in range(2)]
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            let_them_work(folder, lambda: request.getfixturevalue("alone"))
+    assert all(file.exists() for file in files), (folder / "errors").read_text()
+    return [torch.load(file) | {"folder": folder} for file in files]
+
+
+def let_them_work(folder: Path, meanwhile: Callable[[], object]) -> None:
     with (folder / "errors").open("w") as errors:
         # not forked from here, where autograd has run
         process = subprocess.Popen([sys.executable, __file__, str(folder)], stderr=errors, start_new_session=True)
-    request.getfixturevalue("alone")  # meanwhile
+    meanwhile()
     try:
-        failed = process.wait(PATIENCE)
+        process.wait(PATIENCE)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         pytest.fail(f"the workers wait for each other: {(folder / 'errors').read_text()}")
-    assert not failed, (folder / "errors").read_text()
-    return [torch.load(folder / f"{rank}.pt") | {"folder": folder} for rank in range(2)]
 
 
 def assert_close(found, wanted, tolerance=1e-6):
@@ -348,7 +359,7 @@ def test_a_sharded_stage_that_was_stopped_goes_on_to_the_same_bits(both):
 
 
 @pytest.mark.parametrize(("before", "after"), [("fsdp", "ddp"), ("ddp", "fsdp"), ("fsdp", "one"), ("ddp", "one")])
-def test_a_checkpoint_serves_another_strategy_and_number_of_workers(both, undisturbed, before, after):
+def test_a_checkpoint_serves_another_strategy_and_number_of_workers(both, undisturbed, before, after, tmp_path):
     found = both[0]["stop_and_go_on"].get(f"{before} to {after}")
     if after == "one":
         folder = both[0]["folder"] / f"{before} for one"
@@ -356,7 +367,7 @@ def test_a_checkpoint_serves_another_strategy_and_number_of_workers(both, undist
         files = {path.suffix for path in folder.rglob("*") if path.is_file()}
         assert files == {".safetensors", ".json"}
         one = Trial("all", "alone", Workers(0, 1, CPU), steps=4)
-        log = one.train(folder)
+        log = one.train(shutil.copytree(folder, tmp_path / before))
         assert len(log) == 2
         found = one.weights()
     assert_close(found, undisturbed)
