@@ -267,7 +267,7 @@ def main() -> None:
             file.write(json.dumps(asdict(outcome)) + "\n")
             bar.update()
             bar.set_postfix(Counter(item.status for item in outcomes), refresh=False)
-            if options.seconds and time.monotonic() - started > options.seconds:
+            if options.seconds is not None and time.monotonic() - started > options.seconds:
                 break
     counts = Counter(item.status for item in outcomes)
     reasons = Counter(item.reason.partition(";")[0][:200] for item in outcomes if item.status == "refused")
