@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from chiasm.documents import Documents
 from chiasm.features import Features
-from chiasm.prompt import IGNORE, Position, Prompt
+from chiasm.prompt import IGNORE, Position, Prompt, Row
 
 Padding = Literal["left", "right", "packed"]
 
@@ -98,36 +99,40 @@ class Batch:
 _TENSORS = ("ids_BT", "kinds_BT", "labels_BT", "visual_X", "supervised_S", "targets_S")
 
 
-def collate(prompts: Sequence[Prompt], vision: Sequence[Tensor | Features] = (), *, pad: Padding = "right") -> Batch:
+def collate(
+    prompts: Sequence[Prompt | Row], vision: Sequence[Tensor | Features] = (), *, pad: Padding = "right"
+) -> Batch:
     """Prompts as one batch: padded to the longest, on the right to train and on the left to generate; or packed.
 
     A packed batch is one row of all prompts, without padding but for the last few positions of the row. Only a language
     model that `packs` takes it.
     """
+    rows = [prompt.row() if isinstance(prompt, Prompt) else prompt for prompt in prompts]
+    lengths, documents = [len(row) for row in rows], None
     if pad == "packed":
-        total = sum(map(len, prompts))
+        total = sum(lengths)
         filling = -total % ROW_MULTIPLE
-        documents = Documents.of([*map(len, prompts), *[filling] * bool(filling)])
+        documents = Documents.of([*lengths, *[filling] * bool(filling)])
+        places = [(0, start) for start in accumulate(lengths[:-1], initial=0)]
+        size = (1, total + filling)
     else:
-        documents, length = None, max(map(len, prompts))
-
-    def rows(values: Sequence[list[int]], fill: int) -> Tensor:
-        if pad == "packed":
-            joined = [value for row in values for value in row]
-            return torch.tensor([joined + [fill] * filling], dtype=torch.int64)
-        padded = [
-            [fill] * (length - len(row)) + row if pad == "left" else row + [fill] * (length - len(row))
-            for row in values
-        ]
-        return torch.tensor(padded, dtype=torch.int64)
-
-    return Batch(
-        ids_BT=rows([prompt.ids for prompt in prompts], 0),
-        kinds_BT=rows([list(map(int, prompt.kinds)) for prompt in prompts], Position.PAD),
+        longest = max(lengths)
+        places = [(i, longest - length if pad == "left" else 0) for i, length in enumerate(lengths)]
+        size = (len(rows), longest)
+    ids_BT, kinds_BT = torch.zeros(size, dtype=torch.int64), torch.full(size, int(Position.PAD))
+    labels_BT = torch.full(size, IGNORE)
+    for row, (i, start) in zip(rows, places, strict=True):
+        end = start + len(row)
+        for values_BT, value_T in zip((ids_BT, kinds_BT, labels_BT), row.values_3T, strict=True):
+            values_BT[i, start:end] = value_T
         # nothing precedes a sequence's first position, in a packed row neither
-        labels_BT=rows([[IGNORE, *prompt.labels[1:]] for prompt in prompts], IGNORE),
+        labels_BT[i, start] = IGNORE
+    return Batch(
+        ids_BT=ids_BT,
+        kinds_BT=kinds_BT,
+        labels_BT=labels_BT,
         vision=tuple(vision),
-        view_tokens=tuple(count for prompt in prompts for view in prompt.views for count in view),
-        sample_ids=tuple(prompt.sample_id for prompt in prompts),
+        view_tokens=tuple(count for row in rows for view in row.views for count in view),
+        sample_ids=tuple(row.sample_id for row in rows),
         documents=documents,
     )

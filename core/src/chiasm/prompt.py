@@ -15,6 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
+import torch
+from torch import Tensor
+
 from chiasm.config import TokensConfig
 from chiasm.errors import ConfigError, DataError
 from chiasm.llm import LanguageModel, Message
@@ -45,6 +48,28 @@ class Position(IntEnum):
     VISUAL = 3
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Row:
+    """A finished prompt as one tensor, which is cheap to send between processes and to put into a batch.
+
+    Args:
+        sample_id: for messages.
+        views: for each image the visual tokens of each of its views.
+        values_3T: int32; ids, kinds and labels, as in `Prompt`.
+        supervised: how many positions have a label.
+        cut: positions that the context's length cost.
+    """
+
+    sample_id: str
+    views: Views
+    values_3T: Tensor
+    supervised: int
+    cut: int = 0
+
+    def __len__(self) -> int:
+        return self.values_3T.shape[1]
+
+
 @dataclass(slots=True)
 class Prompt:
     """One sequence: for each of T positions an id, what stands there, and a label.
@@ -71,6 +96,11 @@ class Prompt:
     def supervised(self) -> int:
         """How many positions have a label."""
         return sum(label != IGNORE for label in self.labels)
+
+    def row(self) -> Row:
+        """The finished sequence as tensors."""
+        values_3T = torch.tensor([self.ids, list(map(int, self.kinds)), self.labels], dtype=torch.int32)
+        return Row(self.sample_id, self.views, values_3T, self.supervised, self.cut)
 
     def text(self, ids: Sequence[int], *, supervised: bool = False) -> None:
         """Appends text."""

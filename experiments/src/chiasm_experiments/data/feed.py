@@ -20,7 +20,7 @@ from chiasm.encoder import Encoder
 from chiasm.errors import ChiasmError
 from chiasm.features import Features
 from chiasm.image import normalise
-from chiasm.prompt import Prompt, PromptBuilder
+from chiasm.prompt import Prompt, PromptBuilder, Row
 from chiasm.sample import ImageSource, Sample
 from chiasm.vlm import VLM
 from chiasm_experiments.data.features import FeatureMemo, FrozenFeatures, Wanted, join
@@ -33,7 +33,7 @@ __all__ = ["Example", "FeatureMemo", "Feed"]
 class Example:
     """One sample made ready: its prompt, its images, and what each encoder needs of them."""
 
-    prompt: Prompt
+    prompt: Row
     images: tuple[ImageSource, ...]
     keys: tuple[str, ...] = ()
     """Of the images' contents, where features are kept by content."""
@@ -99,7 +99,7 @@ class Feed:
             keys = tuple(image.key for image in sample.images) if self.features else ()
             known = self._known(keys)
             if known is not None:
-                return Example(write(sample, [views.tokens(count) for count in known]), sample.images, keys)
+                return Example(write(sample, [views.tokens(count) for count in known]).row(), sample.images, keys)
             images = [image.load() for image in sample.images]
         except ChiasmError as error:
             error.add_note(f"in sample {sample.id!r}")
@@ -107,7 +107,7 @@ class Feed:
         # before the pixels: a sample that does not fit costs no preprocessing
         prompt = write(sample, [views.tokens(views.count(image)) for image in images])
         pixels = tuple(tuple(self._draw(image, k) for image in images) for k in range(len(self.encoders)))
-        return Example(prompt, sample.images, keys, pixels)
+        return Example(prompt.row(), sample.images, keys, pixels)
 
     def _known(self, keys: Sequence[str]) -> list[int] | None:
         """How many views each image has, where the features of all are known."""
