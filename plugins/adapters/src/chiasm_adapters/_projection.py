@@ -14,7 +14,6 @@ from torch.nn import functional as F
 
 from chiasm.features import FeatureSpec
 from chiasm_adapters._compiled import compiled_on_gpu
-from chiasm_adapters._geometry import layers_to_channels
 
 
 class LayerProjections(nn.Module):
@@ -85,8 +84,7 @@ class _FoldedProduct(torch.autograd.Function):
         dtype: torch.dtype | None,
     ) -> Tensor:
         ctx.save_for_backward(x_BNC, weight_EC, scale_C, shift_C)
-        folded_EC = _fold(weight_EC, scale_C, dtype)
-        constant_E = weight_EC @ shift_C
+        folded_EC, constant_E = _fold(weight_EC, scale_C, shift_C, dtype or weight_EC.dtype)
         if offset_E is not None:
             constant_E = constant_E + offset_E
         return F.linear(x_BNC, folded_EC, constant_E.to(folded_EC.dtype))
@@ -98,7 +96,7 @@ class _FoldedProduct(torch.autograd.Function):
         grad_x = grad_weight = grad_scale = grad_shift = None
         with torch.autocast(grad_BNE.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
-                grad_x = grad_BNE @ _fold(weight_EC, scale_C, x_BNC.dtype)
+                grad_x = grad_BNE @ (weight_EC * scale_C).to(x_BNC.dtype)
             sum_E = grad_BNE.sum((0, 1), dtype=weight_EC.dtype)
             if ctx.needs_input_grad[3]:
                 grad_shift = sum_E @ weight_EC
@@ -111,8 +109,9 @@ class _FoldedProduct(torch.autograd.Function):
 @compiled_on_gpu
 def _normalise(tokens_BLND: Tensor, dtype: torch.dtype) -> Tensor:
     """Every layer's LN without its affine map, side by side: `[B, L, N, D]` to `[B, N, C]` in a dtype."""
-    normal_BLND = F.layer_norm(tokens_BLND, tokens_BLND.shape[-1:], eps=1e-5)
-    return layers_to_channels(normal_BLND).to(dtype).contiguous()
+    # side by side first, so that one pass reads each row of a layer, normalises it, and writes it to its place
+    side_by_side_BNLD = tokens_BLND.transpose(1, 2)
+    return F.layer_norm(side_by_side_BNLD, tokens_BLND.shape[-1:], eps=1e-5).flatten(2).to(dtype)
 
 
 @compiled_on_gpu
@@ -124,7 +123,7 @@ def _unfold(
     return grad_weight_EC, (grad_EC * weight_EC).sum(0)
 
 
-def _fold(weight_EC: Tensor, scale_C: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """`W g`, rounded to a dtype on the way out: one pass over the weight, not two."""
-    out_EC = torch.empty_like(weight_EC, dtype=dtype)
-    return torch.mul(weight_EC, scale_C, out=out_EC)
+@compiled_on_gpu
+def _fold(weight_EC: Tensor, scale_C: Tensor, shift_C: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`W g` in a dtype, and the constant `W c`, from one pass over the weight."""
+    return (weight_EC * scale_C).to(dtype), (weight_EC * shift_C).sum(1)
