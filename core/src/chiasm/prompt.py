@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,6 +69,14 @@ class Row:
 
     def __len__(self) -> int:
         return self.values_3T.shape[1]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # as an array: between processes a tensor takes a piece of shared memory of its own, and ten times as long
+        return _row, (self.sample_id, self.views, self.values_3T.numpy(), self.supervised, self.cut)
+
+
+def _row(sample_id: str, views: Views, values_3T: Any, supervised: int, cut: int) -> Row:
+    return Row(sample_id, views, torch.from_numpy(values_3T), supervised, cut)
 
 
 @dataclass(slots=True)
