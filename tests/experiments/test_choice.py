@@ -73,5 +73,5 @@ def test_a_language_model_without_blocks_is_not_sharded(run, make_vlm):
 
 
 def test_blocks_are_those_of_the_decoder(vlm):
-    (block,) = vlm.llm.blocks
+    (block,) = vlm.llm.block_modules()
     assert block is vlm.llm.model.model.layers[0]

@@ -58,7 +58,7 @@ def test_what_is_compiled(choice, device, steps, live, parts):
     model = Model()
     told = compile_model(model, choice, device, steps, live=live)
     assert told["compiled"] == parts
-    assert compiled(model.llm) == (len(model.llm.blocks) if "llm" in parts else 0)
+    assert compiled(model.llm) == (len(model.llm.block_modules()) if "llm" in parts else 0)
     depth = model.encoders[0].geometry.depth
     assert compiled(model.encoders) == (depth if "encoders" in parts else 0)
 

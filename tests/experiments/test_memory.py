@@ -97,9 +97,9 @@ def test_on_the_cpu_a_micro_batch_is_what_is_given_or_all_of_the_share(built, gi
     run = run_config(micro_batch_size=given)
     assert fit_memory(vlm, run, 0, samples, feed, CPU) == MemoryFit(size, checkpointing=False)
     assert fit_memory(vlm, run, 0, samples, feed, CPU, "on") == MemoryFit(size, checkpointing=True)
-    assert all(block.recomputed for block in vlm.llm.blocks)
+    assert all(block.recomputed for block in vlm.llm.block_modules())
     fit_memory(vlm, run, 0, samples, feed, CPU)
-    assert not any(block.recomputed for block in vlm.llm.blocks)
+    assert not any(block.recomputed for block in vlm.llm.block_modules())
 
 
 def test_the_estimate_grows_with_the_size_and_less_with_checkpointing(built):
@@ -131,7 +131,7 @@ class Card:
         self.passes: list[tuple[int, bool]] = []
 
         def attempt(vlm, run, stage, feed, examples, device, *, again):
-            on = vlm.llm.blocks[0].__dict__.get("recomputed", False)
+            on = vlm.llm.block_modules()[0].__dict__.get("recomputed", False)
             self.passes.append((len(examples), on))
             return step_bytes(vlm, run, stage, examples[0], len(examples), checkpointing=on) <= bytes_
 

@@ -66,7 +66,7 @@ def test_blocks_stay_of_one_class():
     """Compiled code would be compiled anew for each class, up to a limit behind which it runs uncompiled."""
     llm = make()
     llm.checkpoint_activations(True)
-    assert len({type(block) for block in llm.blocks}) == 1
+    assert len({type(block) for block in llm.block_modules()}) == 1
 
 
 def test_dropout_draws_the_same_again():
@@ -81,7 +81,7 @@ def test_dropout_draws_the_same_again():
 def test_blocks_are_computed_again_in_the_backward_pass_only():
     llm = make()
     calls = []
-    for block in llm.blocks:
+    for block in llm.block_modules():
         block.register_forward_pre_hook(lambda *_: calls.append(1))
     llm.checkpoint_activations(True)
     with torch.no_grad():
@@ -106,7 +106,7 @@ def test_compiled_blocks_are_computed_again_as_compiled():
     for name, value in wanted.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
     assert saved_bytes(lambda: llm(embeds_of(llm)), llm) < saved_bytes(lambda: make()(embeds_of(llm)), llm) / 4
-    assert {type(block).__name__ for block in llm.blocks} == {"LlamaDecoderLayer"}
+    assert {type(block).__name__ for block in llm.block_modules()} == {"LlamaDecoderLayer"}
     torch.compiler.reset()
 
 
@@ -116,7 +116,7 @@ def test_sharded_blocks_are_computed_again():
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         llm = make()
-        for block in llm.blocks:
+        for block in llm.block_modules():
             fully_shard(block, mesh=init_device_mesh("cpu", (1,)))
         fully_shard(llm, mesh=init_device_mesh("cpu", (1,)))
         llm.checkpoint_activations(True)
@@ -130,8 +130,7 @@ def test_sharded_blocks_are_computed_again():
 
 def test_a_model_that_names_no_blocks_says_so():
     class Bare(CausalLM):
-        @property
-        def blocks(self) -> list[nn.Module]:
+        def block_modules(self) -> list[nn.Module]:
             return []
 
     llm = Bare.tiny()

@@ -8,13 +8,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar, Self
 
-from torch import nn
-
 from chiasm.features import SequenceSpec, TokenSequence
+from chiasm.part_module import PartModule
 from chiasm.settings import Settings
 
 
-class Adapter(nn.Module, ABC):
+class Adapter(PartModule, ABC):
     """A token sequence to visual tokens, for any image alone: nothing crosses the batch.
 
     A subclass sets `Config`, states what comes out in `spec`, and takes `(config, sequence, llm_width)`.

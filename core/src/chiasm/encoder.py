@@ -12,11 +12,12 @@ from typing import ClassVar, Literal, Self
 
 from PIL.Image import Image
 from pydantic import field_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from chiasm.errors import ConfigError
 from chiasm.features import Features, FeatureSpec, Grid
 from chiasm.image import ImageSpec, Resize, to_pixels
+from chiasm.part_module import PartModule
 from chiasm.settings import Settings, Source
 
 Layers = int | tuple[int, ...] | Literal["all"]
@@ -65,7 +66,7 @@ class EncoderSpec:
         return self.features.width
 
 
-class Encoder(nn.Module, ABC):
+class Encoder(PartModule, ABC):
     """Images to patch features, each encoder with its own preprocessing.
 
     A subclass sets `Config`, states its geometry in `spec`, and makes itself in `build`.

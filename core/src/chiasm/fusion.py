@@ -9,13 +9,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar, Self
 
-from torch import nn
-
 from chiasm.features import Features, FeatureSpec, SequenceSpec, TokenSequence
+from chiasm.part_module import PartModule
 from chiasm.settings import Settings
 
 
-class Fusion(nn.Module, ABC):
+class Fusion(PartModule, ABC):
     """Features of one or more encoders to one sequence, for any image alone: nothing crosses the batch.
 
     A subclass sets `Config`, states what comes out in `spec`, and takes `(config, features, llm_width)`.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from chiasm.documents import Documents
 from chiasm.errors import ConfigError
+from chiasm.part_module import PartModule
 from chiasm.recompute import recompute
 from chiasm.settings import Settings, Source
 
@@ -89,7 +90,7 @@ class Message(TypedDict):
     content: str
 
 
-class LanguageModel(nn.Module, ABC):
+class LanguageModel(PartModule, ABC):
     """Embeddings to hidden states, logits and text, with the model's own tokenizer.
 
     A subclass sets `Config`, states its geometry in `spec`, and makes itself in `build`.
@@ -151,8 +152,7 @@ class LanguageModel(nn.Module, ABC):
 
     # how it is executed
 
-    @property
-    def blocks(self) -> Sequence[nn.Module]:
+    def block_modules(self) -> Sequence[nn.Module]:
         """The blocks in order, each called as a module: sharded over workers one by one. Empty: cannot be sharded."""
         return ()
 
@@ -162,11 +162,11 @@ class LanguageModel(nn.Module, ABC):
         Raises:
             ConfigError: the model says of no module that it is a block.
         """
-        if on and not self.blocks:
+        if on and not self.block_modules():
             raise ConfigError(
                 f"{type(self).__name__} names no blocks to compute again; set activation_checkpointing=off"
             )
-        for block in self.blocks:
+        for block in self.block_modules():
             recompute(block, on)
 
     # text
@@ -220,9 +220,9 @@ class LanguageModel(nn.Module, ABC):
 
         One by one, since the code of all blocks is one.
         """
-        for block in self.blocks:
+        for block in self.block_modules():
             block.compile(*args, **kwargs)
-        if not self.blocks:
+        if not self.block_modules():
             super().compile(*args, **kwargs)
 
     @abstractmethod

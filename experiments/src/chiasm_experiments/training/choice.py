@@ -67,6 +67,6 @@ def _why_whole(vlm: VLM) -> str | None:
     """Why a language model cannot be sharded; None: it can."""
     if vlm.llm.geometry.matrix_bits is not None:
         return "the language model is quantised"
-    if not vlm.llm.blocks:
+    if not vlm.llm.block_modules():
         return f"{type(vlm.llm).__name__} names no blocks that could be gathered one by one"
     return None

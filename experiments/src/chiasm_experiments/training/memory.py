@@ -85,7 +85,7 @@ def fit_memory(
     long = longest(samples, share, vlm.visual_tokens) if "auto" in (given, choice) else []
     examples = [feed.train(sample) for sample in long[: 1 if given != "auto" or shards else share]]
     on = choice == "on"
-    if choice == "auto" and vlm.llm.blocks:
+    if choice == "auto" and vlm.llm.block_modules():
         free = free_bytes(workers.device)
         needed = step_bytes(vlm, run, stage, examples[0], 1 if given == "auto" else size, checkpointing=False)
         on = bool(workers.most(int(needed is not None and needed > free * (1 - HEADROOM))))
@@ -100,7 +100,7 @@ def fit_memory(
         return _try(vlm, run, stage, feed, examples[:count], workers.device, again=count < share)
 
     found = largest(fits, share)
-    if choice == "auto" and not on and vlm.llm.blocks and workers.most(int(not found)):
+    if choice == "auto" and not on and vlm.llm.block_modules() and workers.most(int(not found)):
         on = True
         vlm.llm.checkpoint_activations(True)
         found = largest(fits, share)

@@ -134,7 +134,7 @@ class Sharded(Strategy):
             param_dtype=compute_dtype(run, device), reduce_dtype=torch.float32, cast_forward_inputs=False
         )
         kept = {p for part in PARTS if part != "llm" for p in self.vlm.part(part).parameters()}
-        for block in self.vlm.llm.blocks:
+        for block in self.vlm.llm.block_modules():
             fully_shard(block, mesh=mesh, mp_policy=policy)
         # the model is the root, as embeddings and head are used outside of the language model's forward pass
         fully_shard(self.vlm, mesh=mesh, mp_policy=policy, ignored_params=kept)

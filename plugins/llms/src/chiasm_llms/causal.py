@@ -199,8 +199,7 @@ class CausalLM(LanguageModel):
 
     # how it is executed
 
-    @property
-    def blocks(self) -> Sequence[nn.Module]:
+    def block_modules(self) -> Sequence[nn.Module]:
         """The decoder's first list of as many modules as the architecture has blocks."""
         lists = (part for part in self.model.get_decoder().modules() if isinstance(part, nn.ModuleList))
         return next((list(part) for part in lists if len(part) == self.geometry.depth), [])
