@@ -73,7 +73,7 @@ def make_cells(study: Study, sample: SampleSize | None = None) -> list[Cell]:
     Raises:
         ConfigError: a factor names no field of the run, or a level is no value for it; with file, line and field.
     """
-    factors = study.config.factors
+    factors = study.config.varied
     combinations = itertools.product(*(levels.items() for levels in factors.values()))
     cells = []
     for combination in combinations:
@@ -108,7 +108,7 @@ def _make_run(study: Study, levels: dict[str, tuple[str, Any]]) -> RunConfig:
     data = copy.deepcopy(study.base.data)
     lines = dict(study.base.lines)
     for path, (label, value) in levels.items():
-        place = level_location(study.document, path, label, study.config.factors[path])
+        place = level_location(study.document, path, label, study.config.varied[path])
         location = _locate(study, data, path)
         node = data
         for part in location[:-1]:
@@ -153,5 +153,5 @@ def _locate(study: Study, data: Any, path: str) -> Location:
 
 def levels_of(study: Study) -> Iterator[tuple[str, list[str]]]:
     """Each factor and the labels of its levels."""
-    for path, levels in study.config.factors.items():
+    for path, levels in study.config.varied.items():
         yield path, list(levels)

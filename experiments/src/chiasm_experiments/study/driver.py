@@ -120,7 +120,7 @@ def _claim(folder: Path, study: Study, trials: Sequence[Trial]) -> None:
         "seeds": list(config.seeds),
         "design": config.design,
         "control": next(({"path": path, "label": label} for path, label in config.control.items()), None),
-        "objective": config.objective["maximize"],
+        "objective": config.objective.maximize,
         "trials": {trial.name: trial.params for trial in trials},
     }
     file = folder / STUDY

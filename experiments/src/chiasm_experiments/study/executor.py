@@ -14,7 +14,7 @@ from typing import Any
 
 import ray
 
-from chiasm_experiments.study.config import Resources
+from chiasm_experiments.study.settings import Resources
 from chiasm_experiments.training.execution import Execution
 from chiasm_experiments.training.run import Job
 
