@@ -85,6 +85,17 @@ class StudyConfig(Settings):
         """The factors that have a range of numbers."""
         return {path: levels for path, levels in self.factors.items() if isinstance(levels, Range)}
 
+    @property
+    def pruner(self) -> str:
+        """How trials are pruned; those of other designs than a search only where it is asked for."""
+        return self.search.pruner if self.design == "search" or "pruner" in self.search.model_fields_set else "none"
+
+    @property
+    def rungs(self) -> tuple[float, ...]:
+        """Where trials are asked questions on the way; a grid's only where it is asked for, as for learning curves."""
+        wanted = self.pruner != "none" or "rungs" in self.search.model_fields_set
+        return self.search.rungs if wanted else ()
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         for path, levels in self.varied.items():
@@ -104,7 +115,8 @@ class StudyConfig(Settings):
         if bool(self.cells) != (self.design == "cells"):
             raise ValueError("cells: lists what `design: cells` tries; give both, or neither")
         set_ = self.model_fields_set
-        if self.design != "search" and (wrong := sorted(set_ & {"search", "warm_start"})):
+        proposing = {f"search.{name}" for name in self.search.model_fields_set - {"pruner", "rungs", "rung_questions"}}
+        if self.design != "search" and (wrong := sorted(set_ & {"warm_start"} | proposing)):
             raise ValueError(f"{', '.join(wrong)}: for `design: search`, given `design: {self.design}`")
         if self.design == "search" and self.search.trials is None and self.budget == Budget():
             raise ValueError("search: it needs an end; give `search: {trials: ...}`, or a budget")
