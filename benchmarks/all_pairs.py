@@ -3,7 +3,11 @@
 A combination that the plan takes is trained for two steps on the same samples, must have a falling loss, and answers
 questions. None may fail later than the plan.
 
-    python benchmarks/all_pairs.py    the full product of what is installed; killed, it goes on where it was
+The product is that of components: what can be chosen by name on each axis, and the sets of encoders that some fusions
+need. What a component does otherwise under an option of its own is a level more, and every pair of any two levels of
+different axes is tried too; there the plan tells the cost as well.
+
+    python benchmarks/all_pairs.py    the whole product and the pairs; killed, it goes on where it was
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ import multiprocessing
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,21 +31,25 @@ from tqdm import tqdm
 
 from chiasm.build import build_vlm, load_component
 from chiasm.config import ComponentRef, RunConfig
+from chiasm.cost import SampleSize
 from chiasm.plan import plan_run
 from chiasm.registry import registry
 
 AXES = ("encoders", "fusion", "adapter", "image", "llm")
+Levels = dict[str, dict[str, Any]]
+"""What can be chosen on each axis, by name."""
 IMAGES: dict[str, dict[str, Any]] = {
     "whole, padded": {"image": {"resize": "pad"}},
-    "whole, native": {"image": {"resize": "native"}},
+    "whole, cropped": {"image": {"resize": "crop"}},
+    "whole, squashed": {"image": {"resize": "squash"}},
     "tiles": {"image": {"views": "tiles", "max_tiles": 4}},
     "tiles pooled and separated": {
         "image": {"views": "tiles", "grids": [[1, 2], [2, 2]], "pool": 2, "resize": "crop"},
         "tokens": {"views": ["SEP"]},
     },
-    "tiles alone": {"image": {"views": "tiles", "grids": [[2, 1]], "whole": False, "resize": "squash"}},
 }
 SKILLS = ["colour"]
+LEARNING = ("fusion", "adapter", "tokens", "llm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +64,12 @@ class Outcome:
     last_loss: float = math.nan
 
 
-def levels() -> dict[str, dict[str, Any]]:
-    """The levels of each axis, by name: every installed component, and its options that do something else."""
+def components() -> Levels:
+    """What is chosen by name: every installed component, and the sets of encoders that some fusions need."""
     encoders = {name: [tiny] for name, tiny in installed("encoder")}
     clip, siglip, dinov2 = (encoders[name][0] for name in ("clip", "siglip", "dinov2"))
     finer = clip | {"shape": clip["shape"] | {"image_size": 24}}
     sets = {
-        "dinov2 with registers": [dinov2 | {"shape": dinov2["shape"] | {"registers": 2}}],
         "timm, convolutional": [{"name": "timm", "model": "test_resnet", "image_size": 64, "layers": 3}],
         "clip, all layers": [clip | {"layers": "all"}],
         "clip + dinov2": [clip, dinov2],
@@ -70,31 +77,58 @@ def levels() -> dict[str, dict[str, Any]]:
         "clip + efficientnet": [clip, encoders["efficientnet-lite0"][0]],
         "clip, two layers + blind + siglip": [clip | {"layers": [-2, -1]}, encoders["blind"][0], siglip],
     }
-    fusions = {name: {"name": name} for name, _ in installed("fusion")} | {
+    small = {
         # as large as the encoders here
         "project_attention": {"name": "project_attention", "rows": 6},
         "sva": {"name": "sva", "grid": [2, 2], "depth": 1, "width": 8, "heads": 2},
-        "additive, learned": {"name": "additive", "learned": True},
-        "concat_channels, resampled": {"name": "concat_channels", "align": "interpolate"},
-        "project_attention, features ask": {"name": "project_attention", "query": "features", "rows": 6},
-        "project_sum, resampled, no scalars": {"name": "project_sum", "align": "interpolate", "layer_scalars": False},
-    }
-    adapters = dict(installed("adapter"))
-    adapters |= {
-        "avg_pool of blocks": {"name": "avg_pool"},
-        "resampler, no positions": adapters["resampler"] | {"positions": "none"},
-        "transformer, norm first": adapters["transformer"] | {"norm": "pre"},
     }
     llms = {name: shallow(tiny_of("llm", name)) for name in ("causal", "mistral", "smollm2-135m")}
-    llms["causal with LoRA"] = llms["causal"] | {"lora": {"rank": 4}}
     return {
         "encoders": encoders | sets,
-        "fusion": fusions,
-        "adapter": adapters,
+        "fusion": {name: {"name": name} for name, _ in installed("fusion")} | small,
+        "adapter": dict(installed("adapter")),
         "image": IMAGES,
-        "llm": {name: {"llm": llm} for name, llm in llms.items()}
-        | {"smollm2-135m, its own turns": {"llm": llms["smollm2-135m"], "tokens": {"image": [], "turns": "template"}}},
+        "llm": {name: {"llm": llm} for name, llm in llms.items()},
     }
+
+
+def options(parts: Levels) -> Levels:
+    """What the components of each axis do otherwise under an option of theirs."""
+    (dinov2,), adapters, llms = parts["encoders"]["dinov2"], parts["adapter"], parts["llm"]
+    causal, smollm2 = llms["causal"]["llm"], llms["smollm2-135m"]["llm"]
+    return {
+        "encoders": {"dinov2 with registers": [dinov2 | {"shape": dinov2["shape"] | {"registers": 2}}]},
+        "fusion": {
+            "additive, learned": {"name": "additive", "learned": True},
+            "concat_channels, resampled": {"name": "concat_channels", "align": "interpolate"},
+            "project_attention, features ask": {"name": "project_attention", "query": "features", "rows": 6},
+            "project_sum, resampled, no scalars": {
+                "name": "project_sum", "align": "interpolate", "layer_scalars": False,
+            },
+        },
+        "adapter": {
+            "avg_pool of blocks": {"name": "avg_pool"},
+            "resampler, no positions": adapters["resampler"] | {"positions": "none"},
+            "transformer, norm first": adapters["transformer"] | {"norm": "pre"},
+        },
+        "image": {
+            "whole, native": {"image": {"resize": "native"}},
+            "tiles alone": {"image": {"views": "tiles", "grids": [[2, 1]], "whole": False, "resize": "squash"}},
+        },
+        "llm": {
+            "causal with LoRA": {"llm": causal | {"lora": {"rank": 4}}},
+            # faster, or an adapter's dropout changes the loss more than two steps do
+            "causal, frozen": {"llm": causal, "stage": {"train": ["fusion", "adapter", "tokens"], "lr": 1e-2}},
+            "smollm2-135m, its own turns": {"llm": smollm2, "tokens": {"image": [], "turns": "template"}},
+        },
+    }  # fmt: skip
+
+
+def levels() -> Levels:
+    """Components, and after them what they do otherwise."""
+    parts = components()
+    more = options(parts)
+    return {axis: parts[axis] | more[axis] for axis in AXES}
 
 
 def shallow(llm: dict[str, Any]) -> dict[str, Any]:
@@ -121,8 +155,8 @@ def make_run(choice: dict[str, Any]) -> RunConfig:
     """One combination as a run of two steps, each on the same two samples."""
     data = {"name": "world", "task": "dialogues", "size": 2, "skills": SKILLS, "image_size": 96}
     stage = {
-        "name": "s", "data": data, "train": ["fusion", "adapter", "tokens", "llm"], "lr": 1e-3, "batch_size": 2,
-        "steps": 2, "schedule": "constant", "warmup": 0,
+        "name": "s", "data": data, "train": LEARNING, "lr": 1e-3, "batch_size": 2, "steps": 2, "schedule": "constant",
+        "warmup": 0, **choice["llm"].get("stage", {}),
     }  # fmt: skip
     vision = {name: choice[name] for name in ("encoders", "fusion", "adapter")} | {"image": choice["image"]["image"]}
     tokens = choice["image"].get("tokens", {}) | choice["llm"].get("tokens", {})
@@ -142,8 +176,8 @@ def load(kind: str, ref: ComponentRef, stream: str) -> Any:
 _PARTS: dict[str, Any] = {}
 
 
-def attempt(names: Sequence[str], choice: dict[str, Any]) -> Outcome:
-    """Plans one combination and, where the plan takes it, trains and evaluates it."""
+def attempt(names: Sequence[str], every: Levels, cost: bool = False) -> Outcome:
+    """Plans one combination, its cost too where that is asked for, and trains and evaluates it if the plan takes it."""
     from chiasm_experiments.data.mixture import load_mixture
     from chiasm_experiments.evaluation import evaluate, load_benchmarks
     from chiasm_experiments.training.run import make_feed
@@ -152,8 +186,8 @@ def attempt(names: Sequence[str], choice: dict[str, Any]) -> Outcome:
 
     names = tuple(names)
     try:
-        run = make_run(choice)
-        plan = plan_run(run)
+        run = make_run({axis: every[axis][name] for axis, name in zip(AXES, names, strict=True)})
+        plan = plan_run(run, SampleSize() if cost else None)
         if not plan.valid:
             return Outcome(names, "refused", "; ".join(plan.problems))
         alone = Workers(0, 1, torch.device("cpu"))
@@ -169,11 +203,10 @@ def attempt(names: Sequence[str], choice: dict[str, Any]) -> Outcome:
         found = {count.part: count.trained for count in vlm.counts()}
         planned = {part: plan.trained.get(part, 0) for part in found}
         counted = found == planned
-        status = "trained" if losses[1] < losses[0] and len(rows) == 2 and counted else "failed"
-        reason = (
-            "" if status == "trained" else f"loss {losses}, {len(rows)} answers, trained {found}, planned {planned}"
-        )
-        return Outcome(names, status, reason, losses[0], losses[1])
+        if losses[1] < losses[0] and len(rows) == 2 and counted and (plan.cost is not None) == cost:
+            return Outcome(names, "trained", "", *losses)
+        reason = f"loss {losses}, {len(rows)} answers, trained {found}, planned {planned}, cost {plan.cost}"
+        return Outcome(names, "failed", reason, *losses)
     except Exception as error:
         return Outcome(names, "failed", f"{type(error).__name__}: {error}")
 
@@ -207,21 +240,24 @@ def pairwise(sizes: Sequence[int]) -> list[tuple[int, ...]]:
     return rows
 
 
-def combinations(every: dict[str, dict[str, Any]], pairs: bool) -> list[tuple[str, ...]]:
-    """The names of each combination: all of them, or enough to hold every pair."""
-    names = [list(every[axis]) for axis in AXES]
-    if not pairs:
-        return list(itertools.product(*names))
-    return [
-        tuple(names[axis][level] for axis, level in enumerate(row)) for row in pairwise([len(axis) for axis in names])
-    ]
+def product() -> list[tuple[str, ...]]:
+    """The names of each combination of components."""
+    parts = components()
+    return list(itertools.product(*[parts[axis] for axis in AXES]))
 
 
-def _worker(names: tuple[str, ...]) -> Outcome:
-    return attempt(names, {axis: _LEVELS[axis][name] for axis, name in zip(AXES, names, strict=True)})
+def pairs() -> list[tuple[str, ...]]:
+    """The names of combinations that hold every pair of levels, options among them."""
+    names = [list(axis) for axis in levels().values()]
+    rows = pairwise([len(axis) for axis in names])
+    return [tuple(axis[level] for axis, level in zip(names, row, strict=True)) for row in rows]
 
 
-_LEVELS: dict[str, dict[str, Any]] = {}
+def _worker(task: tuple[tuple[str, ...], bool]) -> Outcome:
+    return attempt(task[0], _LEVELS, cost=task[1])
+
+
+_LEVELS: Levels = {}
 
 
 def _start() -> None:
@@ -229,61 +265,82 @@ def _start() -> None:
     _LEVELS.update(levels())
 
 
-def journal(path: Path, every: dict[str, dict[str, Any]]) -> list[Outcome]:
-    """The outcomes that a journal of the same levels holds; any other journal is begun anew."""
-    levels_line = json.dumps(every, sort_keys=True)
-    lines = path.read_text().splitlines() if path.exists() else []
-    if not lines or lines[0] != levels_line:
+class Journal:
+    """The outcomes so far, a line each as they come; one of other levels is begun anew.
+
+    Args:
+        path: of the file.
+        every: the levels.
+    """
+
+    def __init__(self, path: Path, every: Levels) -> None:
+        self.path = path
+        self.outcomes: dict[tuple[str, ...], Outcome] = {}
+        head = json.dumps(every, sort_keys=True)
+        lines = path.read_text().splitlines() if path.exists() else []
+        whole = [json.loads(line) for line in lines[1:] if line.endswith("}")] if lines[:1] == [head] else []
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(levels_line + "\n")
-        return []
-    whole = [json.loads(line) for line in lines[1:] if line.endswith("}")]  # one may have been cut off
-    path.write_text("\n".join([levels_line, *map(json.dumps, whole)]) + "\n")
-    return [Outcome(tuple(item.pop("names")), **item) for item in whole]
+        path.write_text("\n".join([head, *map(json.dumps, whole)]) + "\n")  # the last one may have been cut off
+        for item in whole:
+            outcome = Outcome(tuple(item.pop("names")), **item)
+            self.outcomes[outcome.names] = outcome
+
+    def add(self, outcome: Outcome) -> None:
+        self.outcomes[outcome.names] = outcome
+        with self.path.open("a") as file:
+            file.write(json.dumps(asdict(outcome)) + "\n")
+
+    def count(self, names: Iterable[tuple[str, ...]]) -> dict[str, int]:
+        """How many of some combinations there are, and what became of them."""
+        names = list(names)
+        found = Counter(self.outcomes[item].status for item in names if item in self.outcomes)
+        statuses = {status: found[status] for status in ("trained", "refused", "failed")}
+        return {"combinations": len(names), "tried": found.total(), **statuses}
 
 
 def main() -> None:
     from common import ROOT, write_result
 
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--processes", type=int, default=2, help="combinations at once")
+    parser.add_argument("--processes", type=int, default=1, help="combinations at once")
     parser.add_argument("--seconds", type=float, help="stop after so long and record how many were tried")
     parser.add_argument("--journal", type=Path, default=ROOT / "runs" / "all_pairs.jsonl", help="what is done so far")
-    options = parser.parse_args()
+    arguments = parser.parse_args()
     started = time.monotonic()
     every = levels()
-    names = combinations(every, pairs=False)
-    outcomes = journal(options.journal, every)
-    done = {item.names for item in outcomes}
-    order = [item for item in names if item not in done]
-    random.Random(0).shuffle(order)  # so that a part of the product is a fair sample of it
+    paired, whole = pairs(), product()
+    journal = Journal(arguments.journal, every)
+    random.Random(0).shuffle(whole)  # so that a part of the product is a fair sample of it
+    names = dict.fromkeys(paired, True) | {item: item in paired for item in whole}
+    tasks = [(item, cost) for item, cost in names.items() if item not in journal.outcomes]
     with (
-        multiprocessing.get_context("spawn").Pool(options.processes, _start) as pool,
-        options.journal.open("a") as file,
-        tqdm(total=len(names), initial=len(done), mininterval=30, unit="combination") as bar,
+        multiprocessing.get_context("spawn").Pool(arguments.processes, _start) as pool,
+        tqdm(total=len(names), initial=len(names) - len(tasks), mininterval=30, unit="combination") as bar,
     ):
-        for outcome in pool.imap_unordered(_worker, order, chunksize=8):
-            outcomes.append(outcome)
-            file.write(json.dumps(asdict(outcome)) + "\n")
+        for outcome in pool.imap_unordered(_worker, tasks, chunksize=8):
+            journal.add(outcome)
             bar.update()
-            bar.set_postfix(Counter(item.status for item in outcomes), refresh=False)
-            if options.seconds is not None and time.monotonic() - started > options.seconds:
+            if arguments.seconds is not None and time.monotonic() - started > arguments.seconds:
                 break
-    counts = Counter(item.status for item in outcomes)
-    reasons = Counter(item.reason.partition(";")[0][:200] for item in outcomes if item.status == "refused")
+    outcomes = [journal.outcomes[item] for item in names if item in journal.outcomes]
+    refused = Counter(item.reason.partition(";")[0][:200] for item in outcomes if item.status == "refused")
     failed = [{"names": item.names, "reason": item.reason} for item in outcomes if item.status == "failed"]
+    more = options(components())
     write_result(
         "all_pairs",
         figures={
-            "product": len(names),
-            "tried": len(outcomes),
-            **{status: counts[status] for status in ("trained", "refused", "failed")},
-            "levels": {axis: list(every[axis]) for axis in AXES},
-            "reasons_of_the_most_refused": dict(reasons.most_common(20)),
+            "product": journal.count(whole),
+            "pairs": journal.count(paired),
+            "seconds_of_this_start": round(time.monotonic() - started),
+            "tried_in_this_start": len(tasks) - sum(task[0] not in journal.outcomes for task in tasks),
+            "components": {axis: [name for name in every[axis] if name not in more[axis]] for axis in AXES},
+            "options": {axis: list(more[axis]) for axis in AXES},
+            "reasons_of_the_most_refused": dict(refused.most_common(20)),
             "failed_combinations": failed[:50],
         },
         asked="every combination is refused by the plan with a reason, or trained for two steps with a falling loss "
-        "and evaluated; none fails later than the plan",
+        "and evaluated; none fails later than the plan: the whole product of components, and every pair of levels "
+        "with their options",
         met=not failed and len(outcomes) == len(names),
     )
     print(json.dumps(failed[:10], indent=1))

@@ -38,10 +38,7 @@ def test_every_pair_is_refused_by_the_plan_or_learns(pairs):
     torch.set_num_threads(1)  # models this small only wait for each other's threads
     try:
         every = pairs.levels()
-        outcomes = [
-            pairs.attempt(names, {axis: every[axis][name] for axis, name in zip(pairs.AXES, names, strict=True)})
-            for names in pairs.combinations(every, pairs=True)
-        ]
+        outcomes = [pairs.attempt(names, every) for names in pairs.pairs()]
     finally:
         torch.set_num_threads(threads)
     failed = [outcome for outcome in outcomes if outcome.status == "failed"]
