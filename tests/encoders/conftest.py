@@ -150,7 +150,7 @@ def checkpoint(request: pytest.FixtureRequest, checkpoints: Callable[[str], Chec
 
 @pytest.fixture(scope="session")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Image.Image]:
-    """Files of two real photographs, of odd sizes, grey, transparent, with a palette and turned by their EXIF.
+    """Files of two real photographs, of odd sizes, every mode that a file may have, and turned by their EXIF.
 
     Each with the image that a careful user would give to a published processor: upright, in RGB, on white.
     """
@@ -165,15 +165,29 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Image.Im
     transparent = flower.resize((171, 133)).convert("RGBA")
     transparent.putalpha(Image.linear_gradient("L").resize(transparent.size))
     transparent.save(folder / "rgba.png")
+    transparent.convert("LA").save(folder / "grey-with-alpha.png")
+    transparent.quantize(32).save(folder / "palette-with-alpha.png")
+    few = flower.resize((64, 47)).quantize(8).convert("RGB")
+    few.save(folder / "clear.png", transparency=_often(few))
+    china.resize((91, 140)).convert("CMYK").save(folder / "cmyk.jpg")
+    flower.resize((77, 58)).convert("1").save(folder / "two-colours.png")
     exif = Image.Exif()
     exif[0x0112] = 6  # turned a quarter
     china.resize((203, 131)).save(folder / "turned.jpg", exif=exif)
     return {path: _upright(path) for path in sorted(folder.iterdir())}
 
 
+def _often(image: Image.Image) -> tuple[int, ...]:
+    """The most frequent colour of an image of few colours."""
+    counts = image.getcolors(maxcolors=image.width * image.height)
+    colour: tuple[int, ...] = max(counts)[1]
+    return colour
+
+
 def _upright(path: Path) -> Image.Image:
     image = ImageOps.exif_transpose(Image.open(path))
-    if image.mode == "RGBA":
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
         canvas = Image.new("RGBA", image.size, (255, 255, 255, 255))
         canvas.alpha_composite(image)
         image = canvas

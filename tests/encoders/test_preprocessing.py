@@ -108,6 +108,30 @@ def test_a_processor_file_is_followed(name, checkpoints, tmp_path):
     assert _difference(given, _processed(processor, images), spec.std) <= 1 / 255
 
 
+def test_an_image_of_any_mode_is_taken_as_the_processor_takes_it(photographs, checkpoints):
+    """Whoever opens files without read_image."""
+    encoder = checkpoints("clip").build()
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=_square(16))
+    images = [Image.open(path) for path in photographs]
+    assert {image.mode for image in images} == {"RGB", "RGBA", "L", "LA", "P", "CMYK", "1"}
+    assert any(image.mode == "RGB" and "transparency" in image.info for image in images)
+    given = encoder.preprocess(images)
+    assert _difference(given, _processed(processor, images), encoder.geometry.image.std) <= 1 / 255
+    upright = [image for path, image in zip(photographs, images, strict=True) if path.suffix == ".png"]
+    read = [read_image(path) for path in photographs if path.suffix == ".png"]
+    for policy in ("pad", "crop", "squash"):
+        assert torch.equal(encoder.preprocess(upright, policy), encoder.preprocess(read, policy))
+
+
+def test_sixteen_bits_are_scaled_to_eight(checkpoints):
+    """A processor clips them, and all but the darkest are white."""
+    encoder = checkpoints("clip").build()
+    grey = _noise(40, 30, 1)
+    deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    assert deep.mode == "I;16"
+    assert torch.equal(encoder.preprocess([deep]), encoder.preprocess([grey]))
+
+
 def test_preprocess_is_the_processor_of_the_encoder(checkpoints):
     encoder = checkpoints("clip").build()
     processor = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=_square(16))

@@ -72,7 +72,7 @@ def read_image(path: Path) -> Image.Image:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """RGB of an image of any mode; transparency is laid over white, 16 bits a channel are scaled to 8."""
-    if image.mode == "RGB":
+    if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode in ("I;16", "I;16B", "I;16L", "I"):
         # Pillow clips these to 255 instead of scaling them
@@ -87,7 +87,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def to_pixels(images: Sequence[Image.Image], spec: ImageSpec, resize: Resize) -> Tensor:
-    """Resizes and normalises images for one encoder.
+    """Resizes and normalises images of any mode for one encoder.
 
     Returns:
         `[B, 3, H, W]` float32.
@@ -144,7 +144,8 @@ def _normalised(rgb_B3HW: Tensor, spec: ImageSpec) -> Tensor:
 
 
 def fit(image: Image.Image, size: tuple[int, int], resize: Resize, spec: ImageSpec) -> Image.Image:
-    """An image brought to `size` (height, width) by a policy; filter and fill colour are those of `spec`."""
+    """An image brought to `size` (height, width), in RGB, by a policy; filter and fill colour are those of `spec`."""
+    image = to_rgb(image)
     policy = spec.native if resize == "native" else resize
     filter_ = Image.Resampling.BICUBIC if spec.interpolation == "bicubic" else Image.Resampling.BILINEAR
     height, width = size
