@@ -29,6 +29,7 @@ from chiasm_llms.settings import CausalConfig, MistralConfig
 PUBLISHED = {
     "mistral-7b-v0.1": 7_241_732_096,
     "mistral-7b-instruct-v0.1": 7_241_732_096,
+    "mistral-7b-v0.2": 7_241_732_096,
     "mistral-7b-instruct-v0.2": 7_241_732_096,
     "mistral-7b-v0.3": 7_248_023_552,
     "mistral-7b-instruct-v0.3": 7_248_023_552,
@@ -96,6 +97,7 @@ def test_parameters_are_the_published_ones(preset: Preset, offline: None) -> Non
     [
         ("mistral-7b-v0.1", "base", 4096, 1e4, 32000),
         ("mistral-7b-instruct-v0.1", "instruct", 4096, 1e4, 32000),
+        ("mistral-7b-v0.2", "base", None, 1e6, 32000),
         ("mistral-7b-instruct-v0.2", "instruct", None, 1e6, 32000),
         ("mistral-7b-v0.3", "base", None, 1e6, 32768),
         ("mistral-7b-instruct-v0.3", "instruct", None, 1e6, 32768),

@@ -165,6 +165,8 @@ PRESETS: tuple[Preset, ...] = (
         _MISTRAL_7B,
         ("mistral-7b-v0.1", "mistralai/Mistral-7B-v0.1", _MISTRAL_V1 | {"chat": False}),
         ("mistral-7b-instruct-v0.1", "mistralai/Mistral-7B-Instruct-v0.1", _MISTRAL_V1 | {"chat": True}),
+        # published as a file of its own format; this is the conversion that is used for it
+        ("mistral-7b-v0.2", "mistral-community/Mistral-7B-v0.2", _MISTRAL_V2 | {"chat": False}),
         ("mistral-7b-instruct-v0.2", "mistralai/Mistral-7B-Instruct-v0.2", _MISTRAL_V2 | {"chat": True}),
         ("mistral-7b-v0.3", "mistralai/Mistral-7B-v0.3", _MISTRAL_V3 | {"chat": False}),
         ("mistral-7b-instruct-v0.3", "mistralai/Mistral-7B-Instruct-v0.3", _MISTRAL_V3 | {"chat": True}),
