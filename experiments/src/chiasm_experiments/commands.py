@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from chiasm_experiments.submit import submit
+
 EXISTING = click.Path(exists=True, path_type=Path)
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 NEW = click.Path(path_type=Path)
@@ -179,4 +181,4 @@ def _print_scores(manifest: dict[str, Any], folder: Path, as_json: bool) -> None
     click.echo(f"manifest: {folder / 'manifest.json'}")
 
 
-COMMANDS = (plan, train, sweep, evaluate, report, ask)
+COMMANDS = (plan, train, sweep, submit, evaluate, report, ask)
