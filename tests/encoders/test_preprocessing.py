@@ -14,7 +14,7 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from chiasm.errors import CheckpointError
-from chiasm.image import read_image, to_pixels
+from chiasm.image import fit, read_image, to_pixels
 from chiasm_encoders._processor import image_spec
 from chiasm_encoders.clip import ClipEncoder
 from chiasm_encoders.dinov2 import Dinov2Encoder
@@ -234,6 +234,44 @@ def test_squash_keeps_all_of_the_image_and_loses_the_aspect(encoder, bands):
     rgb = _rgb(encoder, bands, "squash")
     for column, channel in [(3, 0), (12, 1), (20, 2)]:
         torch.testing.assert_close(rgb[:, column], torch.eye(3)[channel].expand(24, 3), rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("start", ["down", "even"])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("size", [(3000, 11), (7, 999), (331, 333)])
+def test_the_middle_alone_is_the_middle_of_the_whole(size, interpolation, start, monkeypatch):
+    spec = ClipEncoder.published.model_copy(
+        update={"height": 48, "width": 64, "interpolation": interpolation, "crop_start": start, "crop_fraction": 0.875}
+    )
+    image = _noise(*size)
+    whole = fit(image, (48, 64), "crop", spec)
+    monkeypatch.setattr("chiasm.image._MOST_SCALED", 0)
+    middle = fit(image, (48, 64), "crop", spec)
+    assert middle.size == whole.size == (64, 48)
+    assert np.abs(np.asarray(middle, dtype=int) - np.asarray(whole, dtype=int)).max() <= 1
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 50_000), (50_000, 1), (20_000, 3)])
+@pytest.mark.parametrize("resize", ["native", "pad", "crop", "squash"])
+def test_no_image_is_too_long_or_too_small(size, resize, monkeypatch):
+    """The shortest edge of one pixel brought to 336 would make the other one sixteen million."""
+    made = []
+    real = Image.Image.resize
+
+    def note(self, *args, **options):
+        made.append(real(self, *args, **options))
+        return made[-1]
+
+    monkeypatch.setattr(Image.Image, "resize", note)
+    image = Image.new("RGB", size, (10, 200, 30))
+    pixels = to_pixels([image], ClipEncoder.published, resize)
+    assert pixels.shape == (1, 3, 336, 336)
+    assert max(image.width * image.height for image in made) <= 2**24
+    if resize != "pad":
+        spec = ClipEncoder.published
+        mean, std = (torch.tensor(value).view(3, 1, 1) for value in (spec.mean, spec.std))
+        wanted = (torch.tensor([10, 200, 30]).view(3, 1, 1) / 255 - mean) / std
+        torch.testing.assert_close(pixels[0], wanted.expand(3, 336, 336))
 
 
 def test_a_crop_keeps_the_published_share_of_the_edge():

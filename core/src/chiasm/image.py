@@ -30,6 +30,8 @@ processor does.
 """
 
 _LOOKED_UP = 32
+_MOST_SCALED = 2**24
+"""Pixels of a resized image that is cut out of; of more, its middle alone is made."""
 
 
 class ImageSpec(Settings):
@@ -152,7 +154,7 @@ def fit(image: Image.Image, size: tuple[int, int], resize: Resize, spec: ImageSp
     if policy == "squash":
         if resize == "native" and spec.crop_fraction < 1:
             tall, wide = _before_crop(size, spec.crop_fraction)
-            return _centre(image.resize((wide, tall), filter_), size, spec.crop_start)
+            return _centre(image, (wide, tall), size, spec.crop_start, filter_)
         return image.resize((width, height), filter_)
     if policy == "pad":
         scale = min(width / image.width, height / image.height)
@@ -168,7 +170,7 @@ def fit(image: Image.Image, size: tuple[int, int], resize: Resize, spec: ImageSp
         scaled = (wide, max(tall, int(wide * height / width)))
     else:
         scaled = (max(wide, int(tall * width / height)), tall)
-    return _centre(image.resize(scaled, filter_), size, spec.crop_start)
+    return _centre(image, scaled, size, spec.crop_start, filter_)
 
 
 def _before_crop(size: tuple[int, int], fraction: float) -> tuple[int, int]:
@@ -177,7 +179,23 @@ def _before_crop(size: tuple[int, int], fraction: float) -> tuple[int, int]:
     return math.floor(size[0] / fraction + 1e-6), math.floor(size[1] / fraction + 1e-6)
 
 
-def _centre(image: Image.Image, size: tuple[int, int], start: Literal["down", "even"]) -> Image.Image:
-    margins = image.width - size[1], image.height - size[0]
+def _centre(
+    image: Image.Image,
+    scaled: tuple[int, int],
+    size: tuple[int, int],
+    start: Literal["down", "even"],
+    filter_: Image.Resampling,
+) -> Image.Image:
+    """The middle of `size` (height, width) of an image that is resized to `scaled` (width, height)."""
+    margins = scaled[0] - size[1], scaled[1] - size[0]
     left, top = (margin // 2 if start == "down" else round(margin / 2) for margin in margins)
-    return image.crop((left, top, left + size[1], top + size[0]))
+    box = (left, top, left + size[1], top + size[0])
+    if scaled[0] * scaled[1] <= _MOST_SCALED:
+        return image.resize(scaled, filter_).crop(box)
+    # of an image of one row and many columns the whole would take gigabytes: the same, where it is looked at
+    across, down = image.width / scaled[0], image.height / scaled[1]
+    part = (box[0] * across, box[1] * down, box[2] * across, box[3] * down)
+    x, y = (math.ceil(2 * max(1, scale)) + 1 for scale in (across, down))  # as far as a filter reaches
+    left, top = max(0, math.floor(part[0]) - x), max(0, math.floor(part[1]) - y)
+    seen = image.crop((left, top, min(image.width, math.ceil(part[2]) + x), min(image.height, math.ceil(part[3]) + y)))
+    return seen.resize((size[1], size[0]), filter_, (part[0] - left, part[1] - top, part[2] - left, part[3] - top))

@@ -90,8 +90,10 @@ class QFormer(Adapter):
 
     def forward(self, sequence: TokenSequence) -> TokenSequence:
         check_sequence("qformer", self.sequence, sequence)
-        queries_BMW = self.queries.expand(sequence.tokens.shape[0], -1, -1)
-        if len(queries_BMW):  # transformers cannot reshape a batch of no image
-            out = self.model(query_embeds=queries_BMW, encoder_hidden_states=sequence.tokens)
-            queries_BMW = out.last_hidden_state
-        return TokenSequence(self.linear(queries_BMW))
+        tokens_BND = sequence.tokens
+        images = len(tokens_BND)
+        if not images:  # transformers cannot reshape a batch of no image, and every parameter is to have a gradient
+            tokens_BND = torch.cat([tokens_BND, tokens_BND.new_zeros(1, *tokens_BND.shape[1:])])
+        queries_BMW = self.queries.expand(len(tokens_BND), -1, -1)
+        out_BMW = self.model(query_embeds=queries_BMW, encoder_hidden_states=tokens_BND).last_hidden_state
+        return TokenSequence(self.linear(out_BMW[:images]))
