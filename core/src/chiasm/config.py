@@ -189,7 +189,7 @@ class RunConfig(Settings):
     """Questions answered at once."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of computation. auto: bfloat16 on a GPU, with trained weights kept in float32; float32 on the CPU."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     """Of new weights and of the order of samples."""
 
     @field_validator("evaluate", mode="before")

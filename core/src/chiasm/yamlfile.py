@@ -19,12 +19,27 @@ Location = tuple[str | int, ...]
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, except that 1e-3 is a number, as everyone expects."""
+    """YAML as everyone expects it: 1e-3 is a number, and `on`, `no` and 2024-01-31 are the text that they are.
+
+    PyYAML reads YAML 1.1, where they are text, truth values and a date.
+    """
 
 
+_TAG = "tag:yaml.org,2002:"
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in resolvers if tag not in (f"{_TAG}bool", f"{_TAG}timestamp")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    f"{_TAG}float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
+_Loader.add_implicit_resolver(f"{_TAG}bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+
+_PLAIN_TAGS = {f"{_TAG}seq", f"{_TAG}map"}
+
+MOST_VALUES = 100_000
+"""Of one file. A few nested aliases can stand for more than any memory holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +90,7 @@ def load_yaml(path: Path) -> Document:
     """Reads one YAML file.
 
     Raises:
-        ConfigError: the file is missing, is not YAML, or gives a key twice.
+        ConfigError: the file is missing, is not plain YAML, or gives a key twice.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -83,38 +98,78 @@ def load_yaml(path: Path) -> Document:
         raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
-    loader = _Loader(text)
     lines: dict[Location, tuple[Path, int]] = {}
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
-        data = {} if node is None else _construct(loader, node, (), path, lines)
+        data = {} if node is None else _Construction(loader, path, lines).value(node, ())
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        told = f"the character #x{error.character:04x} may not stand in it"
+        raise ConfigError(f"{path}:{line}: this is not YAML: {told}") from error
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ConfigError(f"{path}:{line}: this is not YAML: {error.problem or error.context}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: this is not YAML: {error}") from error
-    finally:
-        loader.dispose()
+    except RecursionError as error:
+        raise ConfigError(f"{path}: lists and mappings are nested too deeply for a configuration") from error
     return Document(data, lines, path)
 
 
-def _construct(
-    loader: _Loader, node: yaml.Node, at: Location, path: Path, lines: dict[Location, tuple[Path, int]]
-) -> Any:
-    lines.setdefault(at, (path, node.start_mark.line + 1))
-    if isinstance(node, yaml.SequenceNode):
-        return [_construct(loader, item, (*at, i), path, lines) for i, item in enumerate(node.value)]
-    if not isinstance(node, yaml.MappingNode):
-        return loader.construct_object(node)
-    loader.flatten_mapping(node)
-    result: dict[Any, Any] = {}
-    for key_node, value_node in node.value:
-        key, line = loader.construct_object(key_node), key_node.start_mark.line + 1
-        if key in result:
-            raise ConfigError(f"{path}:{line}: {'.'.join(map(str, (*at, key)))} is given twice; keep one")
-        lines[(*at, key)] = (path, line)
-        result[key] = _construct(loader, value_node, (*at, key), path, lines)
-    return result
+@dataclass(frozen=True, slots=True)
+class _Construction:
+    """Plain values from the nodes of one file; notes where each was written."""
+
+    loader: _Loader
+    path: Path
+    lines: dict[Location, tuple[Path, int]]
+    inside: list[yaml.Node] = field(default_factory=list)
+    """The lists and mappings around the node that is read: an alias to one of them would never end."""
+
+    def value(self, node: yaml.Node, at: Location) -> Any:
+        """The value of a node that stands at a location."""
+        self.lines.setdefault(at, (self.path, node.start_mark.line + 1))
+        if len(self.lines) > MOST_VALUES:
+            raise self._error(node, f"more than {MOST_VALUES:,} values, by aliases of aliases perhaps")
+        if isinstance(node, yaml.ScalarNode):
+            return self._scalar(node)
+        if any(outer is node for outer in self.inside):
+            raise self._error(node, "an alias inside what it stands for; a value cannot hold itself")
+        if node.tag not in _PLAIN_TAGS:
+            raise self._error(node, f"the tag {node.tag!r}; wanted plain lists and mappings")
+        self.inside.append(node)
+        result: Any
+        if isinstance(node, yaml.MappingNode):
+            result = self._mapping(node, at)
+        else:
+            result = [self.value(item, (*at, i)) for i, item in enumerate(node.value)]
+        self.inside.pop()
+        return result
+
+    def _mapping(self, node: yaml.MappingNode, at: Location) -> dict[Any, Any]:
+        own = {id(key_node) for key_node, _ in node.value}
+        self.loader.flatten_mapping(node)  # puts what `<<` merges before the mapping's own fields
+        fields: dict[Any, tuple[yaml.Node, yaml.Node]] = {}
+        for key_node, value_node in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise self._error(key_node, "a list or a mapping as the name of a field; wanted text")
+            key = self._scalar(key_node)
+            if key in fields and id(fields[key][0]) in own:
+                raise self._error(key_node, f"{'.'.join(map(str, (*at, key)))} is given twice; keep one")
+            fields[key] = (key_node, value_node)
+        node.value = list(fields.values())  # an alias may stand for this mapping, too
+        for key, (key_node, _) in fields.items():
+            self.lines[(*at, key)] = (self.path, key_node.start_mark.line + 1)
+        return {key: self.value(value_node, (*at, key)) for key, (_, value_node) in fields.items()}
+
+    def _scalar(self, node: yaml.ScalarNode) -> Any:
+        try:
+            return self.loader.construct_object(node)
+        except ValueError as error:  # `!!int two`
+            kind = node.tag.rpartition(":")[2]
+            raise self._error(node, f"{node.value!r} is no {kind}: {error}; quote it if text is meant") from error
+
+    def _error(self, node: yaml.Node, message: str) -> ConfigError:
+        return ConfigError(f"{self.path}:{node.start_mark.line + 1}: {message}")
 
 
 def problems_of(
@@ -129,7 +184,10 @@ def problems_of(
         model: what `data` was validated against, for the names of the known fields.
     """
     found: dict[Location, list[str]] = {}
-    for detail in error.errors():
+    details = error.errors()
+    for detail in details:
+        if detail["type"] == "too_short" and any(_is_below(other["loc"], detail["loc"]) for other in details):
+            continue  # pydantic does not count entries that are wrong
         written: list[str | int] = []
         node = data
         for part in detail["loc"]:
@@ -145,11 +203,36 @@ def problems_of(
     return [Problem(location, "; or ".join(messages)) for location, messages in found.items()]
 
 
+def _is_below(location: Location, other: Location) -> bool:
+    return len(location) > len(other) and location[: len(other)] == other
+
+
 def _holds(node: Any, part: str | int) -> bool:
     """Whether a mapping or a list has such an entry."""
     if isinstance(node, Mapping):
         return part in node
     return isinstance(node, list | tuple) and isinstance(part, int) and part < len(node)
+
+
+_WANTED = {
+    "tuple_type": "a list",
+    "list_type": "a list",
+    "dict_type": "a mapping of fields",
+    "model_type": "a mapping of fields",
+    "string_type": "text",
+    "path_type": "a path",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "finite_number": "a finite number",
+    "invalid_key": "text as the name of a field",
+    "too_short": "{min_length} or more entries",
+    "too_long": "at most {max_length} entries",
+    "string_pattern_mismatch": "text that matches {pattern}",
+}
+"""What pydantic's types of error mean in the words of a YAML file."""
 
 
 def _message(detail: Any, model: type[BaseModel] | None) -> str:
@@ -162,6 +245,8 @@ def _message(detail: Any, model: type[BaseModel] | None) -> str:
         return f"unknown field.{hint}" + (f" Fields: {', '.join(known)}." if known else "")
     if detail["type"] == "value_error":
         return str(detail["ctx"]["error"])
+    if detail["type"] in _WANTED:
+        return f"wanted {_WANTED[detail['type']].format(**detail.get('ctx', {}))}, given {detail['input']!r}"
     message = detail["msg"].removeprefix("Input should be ")
     if message == detail["msg"]:
         return f"{message} (given {detail['input']!r})"
