@@ -188,6 +188,19 @@ def test_project_sum_equals_the_sum_over_layers_in_values_and_gradients(rng, spe
         )
 
 
+def test_the_largest_grid_is_that_of_most_tokens():
+    """Not that of most rows, or of most columns."""
+    tall, wide, full = (FeatureSpec(layers=1, grid=grid, width=4) for grid in ((7, 1), (1, 8), (3, 4)))
+    config = ConcatChannelsConfig(align="interpolate")
+    for specs in itertools.permutations([tall, wide, full]):
+        assert ConcatChannels.spec(config, specs, 9).grid == (3, 4)
+        assert ProjectSum.spec(ProjectSumConfig(align="interpolate"), specs, 9).grid == (3, 4)
+        assert ProjectSum.spec(ProjectSumConfig(), specs, 9).tokens == 12
+    # of several with as many tokens the first
+    assert ConcatChannels.spec(config, [ONE, SAME_COUNT], 9).grid == ONE.grid
+    assert ConcatChannels.spec(config, [SAME_COUNT, ONE], 9).grid == SAME_COUNT.grid
+
+
 def test_project_sum_interpolates_projections_to_the_largest_grid(rng):
     fusion = randomise(ProjectSum(ProjectSumConfig(width=6, align="interpolate"), [ONE, LARGE], 9), rng)
     features = draw([ONE, LARGE], rng)
