@@ -26,6 +26,7 @@ from chiasm_experiments.study.sharing import Sharing
 from chiasm_experiments.training import shared
 from chiasm_experiments.training.execution import Execution
 from chiasm_experiments.training.files import METRICS
+from chiasm_experiments.training.guide import Unguided
 from chiasm_experiments.training.identity import stage_key
 from chiasm_experiments.training.local import evaluate_here
 from chiasm_experiments.training.run import Job, execute, load_run_folder
@@ -68,8 +69,14 @@ def make(tmp_path, monkeypatch):
     return job
 
 
-def quiet(*_):
-    """Takes progress."""
+class Told(Unguided):
+    """A guide that tells a function of the progress."""
+
+    def __init__(self, tell=lambda *_: None):
+        self.progress = tell
+
+
+quiet = Unguided()
 
 
 def weights(folder, stage):
@@ -134,9 +141,9 @@ def test_a_run_that_dies_in_a_common_stage_is_taken_up_by_another(make, tmp_path
 
     long = {"stages": [RUN["stages"][0] | {"steps": 5}, RUN["stages"][1]]}
     with pytest.raises(DiedError):
-        execute(make("first", **long), dies)
+        execute(make("first", **long), Told(dies))
     seen = []
-    second = execute(make("second", lr=1e-2, **long), lambda what, step, *_: seen.append((what, step)))
+    second = execute(make("second", lr=1e-2, **long), Told(lambda what, step, *_: seen.append((what, step))))
     assert [step for what, step in seen if what == "pretrain"] == [3, 4, 5]
     assert second["stages"][0]["shared"] is False
     execute(make("alone", lr=1e-2, common=0, **long), quiet)

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from filelock import FileLock
 from PIL import Image
+from safetensors.torch import load_file
 
 from chiasm.build import build_vlm
 from chiasm.config import RunConfig
@@ -30,10 +31,12 @@ from chiasm.sample import Sample, Turn
 from chiasm_experiments.data.mixture import Mixture
 from chiasm_experiments.data.order import Order
 from chiasm_experiments.evaluation import answer
+from chiasm_experiments.training import guide
 from chiasm_experiments.training.checkpoint import Checkpoints
+from chiasm_experiments.training.execution import Execution
 from chiasm_experiments.training.files import load_parts, save_parts
 from chiasm_experiments.training.packing import Packing
-from chiasm_experiments.training.run import make_feed
+from chiasm_experiments.training.run import Job, execute, make_feed
 from chiasm_experiments.training.shards import is_sharded, whole_tensors
 from chiasm_experiments.training.stage import train_stage
 from chiasm_experiments.training.strategy import Alone, Replicated, Sharded
@@ -234,6 +237,56 @@ def refuse_adafactor(workers: Workers, folder) -> str:
     return str(refused.value)
 
 
+class Judge(guide.Unguided):
+    """Stops a run after its third step, or prunes it, where this worker is the one that is asked."""
+
+    def __init__(self, stop: int = 0, prune: int | None = None) -> None:
+        self.stop = stop
+        self.prune = prune
+        self.steps: list[int] = []
+        self.reports: list[int] = []
+
+    def progress(self, what, step, steps, metrics):
+        if metrics:
+            self.steps.append(step)
+
+    def stopping(self):
+        return self.stop > 0 and self.steps[-1:] == [self.stop]
+
+    def report(self, rung, share, scores):
+        self.reports.append(rung)
+        return rung != self.prune
+
+
+def guided(workers: Workers, folder) -> dict[str, Any]:
+    """How runs of both workers end that the first one's guide stops or prunes, and what others come to."""
+    world = {"name": "world", "image_size": 96, "skills": ["colour"]}
+    stage = {**STAGE, "data": {**world, "task": "dialogues", "size": 12}, "train": EVERY, "steps": 6}
+    run = RunConfig.model_validate(BASE | {"stages": [stage], "evaluate": {**world, "size": 5}})
+    found: dict[str, Any] = {}
+    for strategy in ("ddp", "fsdp"):
+        for name, judge, rungs in (
+            ("plain", Judge(), ()),
+            ("asked", Judge(), (0.5,)),
+            ("stopped", Judge(stop=3), (0.5,)),
+            ("stopped", Judge(), (0.5,)),  # and taken up
+            ("pruned", Judge(prune=0), (0.5,)),
+        ):
+            place = folder / f"guided {strategy} {name}"
+            place.mkdir(exist_ok=True)
+            workers.barrier()
+            execution = Execution(strategy=strategy, loggers=(), cache="off", loader_workers=0)
+            labels: dict[str, Any] = {"trial": name, "study": None, "cell": {}}
+            job = Job(run.model_dump(mode="json"), str(place), labels, execution, rungs=rungs, rung_questions=3)
+            try:
+                ended = execute(job, judge, workers=workers)["status"]
+            except guide.StoppedError as stopped:
+                ended = str(stopped)
+            told = (judge.steps, judge.reports) if workers.first else ([], [])
+            found.setdefault(f"{strategy} {name}", []).append((ended, *told))
+    return found
+
+
 def in_two_stages(trial: Trial) -> tuple[list[tuple[float, float]], set[str]]:
     log = trial.train()
     before = trial.weights()
@@ -250,7 +303,7 @@ def work(rank: int, folder: Path) -> None:
     found: dict[Any, Any] = {
         (case, strategy): learn(case, strategy, workers) for case in CASES for strategy in ("ddp", "fsdp")
     }
-    for step in (stop_and_go_on, save_and_load, answer_alone, train_in_half_precision, refuse_adafactor):
+    for step in (stop_and_go_on, save_and_load, answer_alone, train_in_half_precision, refuse_adafactor, guided):
         found[step.__name__] = step(workers, folder)
     dist.destroy_process_group()
     torch.save(found, folder / f"{rank}.pt")
@@ -408,6 +461,30 @@ def test_frozen_half_precision_beside_what_learns_in_float32(both):
     for worker in both:
         assert worker["train_in_half_precision"][1] == changed
     assert both[0]["train_in_half_precision"][0] == [pytest.approx(step, rel=0.02) for step in wanted]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_the_first_workers_guide_stops_and_prunes_all_workers_at_once(both, strategy):
+    first, second = (found["guided"] for found in both)
+    stopped = "stage 's' was stopped after step 3 of 6"
+    every = [1, 2, 3, 4, 5, 6]
+    assert first[f"{strategy} plain"] == [("complete", every, [])]
+    assert first[f"{strategy} asked"] == [("complete", every, [0])]
+    assert first[f"{strategy} stopped"] == [(stopped, every[:3], [0]), ("complete", every[3:], [0])]
+    assert first[f"{strategy} pruned"] == [("pruned", every[:3], [0])]
+    for name, ends in second.items():
+        assert [end for end, *_ in ends] == [end for end, *_ in first[name]]
+    wanted, *others = (
+        {
+            f"{file.stem}.{name}": value
+            for file in (both[0]["folder"] / f"guided {strategy} {name}").glob("stages/s/*.safetensors")
+            for name, value in load_file(file).items()
+        }
+        for name in ("plain", "asked", "stopped")
+    )
+    for found in others:
+        assert len(found) == len(wanted) > 0
+        assert all(torch.equal(found[name], value) for name, value in wanted.items())
 
 
 if __name__ == "__main__":

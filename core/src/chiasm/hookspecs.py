@@ -48,4 +48,5 @@ def chiasm_stage_ended(folder: Path, stage: str, result: Mapping[str, Any]) -> N
 
 @hookspec
 def chiasm_run_ended(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """A run has ended; `manifest` holds its status, `complete` with cost and scores or `failed` with its error."""
+    """A run has ended; `manifest` holds its status: `complete` with cost and scores, `pruned` with its learning curve,
+    `failed` with its error, or `stopped`, to be taken up again."""

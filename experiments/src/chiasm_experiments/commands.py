@@ -31,7 +31,7 @@ def plan(file: Path, text: int, answer: int, gpu_memory: float | None, workers: 
     """
     from chiasm.config import load_run
     from chiasm.cost import SampleSize
-    from chiasm.plan import plan_run
+    from chiasm.plan import RunPlan, plan_run
     from chiasm.yamlfile import load_yaml
     from chiasm_experiments.study.cells import make_cells, make_trials
     from chiasm_experiments.study.config import Study, is_study
@@ -41,8 +41,9 @@ def plan(file: Path, text: int, answer: int, gpu_memory: float | None, workers: 
     if is_study(load_yaml(file)):
         study = Study(file)
         cells = make_cells(study, sample)
-        plans = [(cell.label, cell.plan) for cell in cells]
-        head = f"{study.config.name}: {len(cells)} cells x {len(study.config.seeds)} seeds = "
+        plans = [(cell.label, cell.plan) for cell in cells.cells]
+        plans += [(item.label, RunPlan(problems=list(item.reasons))) for item in cells.skipped if item.by == "plan"]
+        head = f"{study.config.name}: {len(cells.cells)} cells x {len(study.config.seeds)} seeds = "
         head += f"{len(make_trials(study, cells))} trials"
     else:
         plans, head = [(file.stem, plan_run(load_run(file), sample))], f"{file.name}: one run"
@@ -65,16 +66,17 @@ def plan(file: Path, text: int, answer: int, gpu_memory: float | None, workers: 
 def train(run_file: Path, out: Path, settings: tuple[str, ...], as_json: bool) -> None:
     """Train and evaluate one RUN file in this process.
 
-    Stopped anywhere, it goes on from its last checkpoint when it is called again. Writes the configuration (run.json),
-    weights in safetensors for each stage, metrics.jsonl, a row for each question (questions.parquet) and the manifest
-    with scores and cost. What --set takes are the fields of a study's `resources` that concern one run, among them
-    loader_workers, checkpoint_seconds, strategy, cache, pack, compile, activation_checkpointing, loggers and profile.
+    Stopped anywhere, it goes on from its last checkpoint when it is called again; Ctrl-C or SIGTERM let it write one
+    first, and a second Ctrl-C ends it at once. Writes the configuration (run.json), weights in safetensors for each
+    stage, metrics.jsonl, a row for each question (questions.parquet) and the manifest with scores and cost. What --set
+    takes are the fields of a study's `resources` that concern one run, among them loader_workers, checkpoint_seconds,
+    strategy, cache, pack, compile, activation_checkpointing, loggers and profile.
     """
     from chiasm.config import load_run
     from chiasm.errors import ConfigError
     from chiasm.plan import plan_run
     from chiasm_experiments.training.execution import parse_execution
-    from chiasm_experiments.training.local import run_here
+    from chiasm_experiments.training.local import SignalledError, run_here
     from chiasm_experiments.training.run import Job, check_data
 
     execution = parse_execution(settings)
@@ -88,7 +90,11 @@ def train(run_file: Path, out: Path, settings: tuple[str, ...], as_json: bool) -
     labels: dict[str, Any] = {"trial": folder.name, "study": None, "cell": {}}
     values = run.model_dump(mode="json")
     job = Job(values, str(folder), labels, execution)
-    manifest = run_here(job, quiet=as_json)
+    try:
+        manifest = run_here(job, quiet=as_json)
+    except SignalledError as stopped:
+        click.echo(f"{stopped}; to go on from there, give the same command again", err=True)
+        raise SystemExit(128 + stopped.number) from None
     _print_scores(manifest, folder, as_json)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,14 +61,40 @@ def answer(
     return responses
 
 
-def evaluate(vlm: VLM, run: RunConfig, feed: Feed, benchmarks: dict[str, Benchmark], workers: Workers) -> list[Row]:
-    """One row for each question of each benchmark, in the order of the questions; the same on every worker."""
+def evaluate(
+    vlm: VLM,
+    run: RunConfig,
+    feed: Feed,
+    benchmarks: Mapping[str, Benchmark],
+    workers: Workers,
+    *,
+    questions: Mapping[str, Sequence[Question]] | None = None,
+    answered: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Row]:
+    """One row for each question of each benchmark, in the order of the questions; the same on every worker.
+
+    Args:
+        vlm: the trained model.
+        run: its run.
+        feed: makes batches.
+        benchmarks: by name.
+        workers: each of which answers its share.
+        questions: those that are asked of each benchmark; None: all.
+        answered: told on every worker, the same number of times, how many questions all workers have answered about
+            now, and how many there are.
+    """
+    asked = questions or {name: benchmark.questions() for name, benchmark in benchmarks.items()}
+    total = sum(map(len, asked.values()))
     rows: list[Row] = []
     for name, benchmark in benchmarks.items():
-        questions = benchmark.questions()
-        mine = questions[workers.rank :: workers.size]
+        mine = asked[name][workers.rank :: workers.size]
         samples = [as_sample(question) for question in mine]
-        responses = answer(vlm, run, feed, samples, workers.device, benchmark.max_new_tokens)
+        responses: list[str] = []
+        size = run.evaluation_batch_size
+        for first in range(0, -(-len(asked[name]) // workers.size), size):
+            some = samples[first : first + size]
+            responses += answer(vlm, run, feed, some, workers.device, benchmark.max_new_tokens)
+            answered(len(rows) + min(len(asked[name]), (first + size) * workers.size), total)
         found = {
             question.id: _row(name, benchmark, question, response)
             for question, response in zip(mine, responses, strict=True)
@@ -77,7 +103,7 @@ def evaluate(vlm: VLM, run: RunConfig, feed: Feed, benchmarks: dict[str, Benchma
             shares: list[dict[str, Row]] = [{} for _ in range(workers.size)]
             dist.all_gather_object(shares, found)
             found = {key: row for share in shares for key, row in share.items()}
-        rows += [found[question.id] for question in questions]
+        rows += [found[question.id] for question in asked[name]]
     return rows
 
 

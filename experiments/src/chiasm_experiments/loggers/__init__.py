@@ -14,6 +14,7 @@ from typing import Any, Literal, Self
 
 from chiasm.errors import ConfigError
 from chiasm.registry import registry
+from chiasm_experiments.training.guide import StoppedError
 
 LOGGERS = {
     "tensorboard": "chiasm_experiments.loggers.tensorboard:TensorBoard",
@@ -36,7 +37,7 @@ def chosen(loggers: Literal["auto"] | Sequence[str]) -> list[str]:
 class Listeners:
     """Tells the loggers of one run, and the plugins, through the hooks.
 
-    A context: where an error leaves it, the run has ended as failed; its end unregisters the loggers.
+    A context: where an error leaves it, the run has ended as failed or stopped; its end unregisters the loggers.
 
     Args:
         loggers: names of loggers; their packages are imported now.
@@ -73,7 +74,8 @@ class Listeners:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None and self._begun is not None:
-            ended = {**self._begun["manifest"], "status": "failed", "error": f"{type(error).__name__}: {error}"}
+            status = "stopped" if isinstance(error, StoppedError) else "failed"
+            ended = {**self._begun["manifest"], "status": status, "error": f"{type(error).__name__}: {error}"}
             self.tell("chiasm_run_ended", folder=self._begun["folder"], manifest=ended)
         self.close()
 

@@ -20,7 +20,7 @@ SEND_SECONDS = 5.0
 MOST_METRICS, MOST_PARAMS = 1000, 100
 """In one message (MLflow's limits)."""
 LONGEST_PARAM = 6000
-STATUS = {"complete": "FINISHED", "failed": "FAILED"}
+STATUS = {"complete": "FINISHED", "pruned": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 
 
 class MLflow:

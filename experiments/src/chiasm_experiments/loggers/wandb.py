@@ -51,4 +51,4 @@ class WandB:
         """Sends the scores and ends the run."""
         for name, value in manifest.get("scores", {}).items():
             self.run.summary[f"score/{name}"] = value
-        self.run.finish(exit_code=0 if manifest["status"] == "complete" else 1)
+        self.run.finish(exit_code=0 if manifest["status"] in ("complete", "pruned") else 1)

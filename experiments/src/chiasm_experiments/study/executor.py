@@ -16,6 +16,7 @@ import ray
 
 from chiasm_experiments.study.settings import Resources
 from chiasm_experiments.training.execution import Execution
+from chiasm_experiments.training.guide import Unguided
 from chiasm_experiments.training.run import Job
 
 
@@ -46,7 +47,7 @@ class Board:
         return self.lines
 
 
-class Poster:
+class Poster(Unguided):
     """Posts progress at most once a second, and never waits for the board."""
 
     def __init__(self, board: Any, trial: str) -> None:
@@ -54,8 +55,8 @@ class Poster:
         self.trial = trial
         self.posted = 0.0
 
-    def __call__(self, what: str, step: int, steps: int, metrics: Mapping[str, float]) -> None:
-        """Takes what `Progress` is told."""
+    def progress(self, what: str, step: int, steps: int, metrics: Mapping[str, float]) -> None:
+        """Takes what a `Guide` is told."""
         now = time.monotonic()
         if self.board is not None and now - self.posted > 1:
             self.posted = now

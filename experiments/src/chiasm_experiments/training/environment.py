@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ def _version(name: str) -> str | None:
         return None
 
 
+@cache  # of the code that this process runs, however often it is asked
 def _revision(folder: Path) -> str | None:
     """The commit of the checkout that chiasm runs from, with `+` where files differ from it."""
     command = ["git", "-C", str(folder), "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]

@@ -18,7 +18,9 @@ from chiasm.vlm import VLM
 from chiasm_experiments.training.shards import copy_whole, is_sharded, load_sharded, whole_state, whole_tensors
 
 RUN, MANIFEST, QUESTIONS, METRICS = "run.json", "manifest.json", "questions.parquet", "metrics.jsonl"
-_WRITTEN = {RUN, MANIFEST, QUESTIONS, METRICS, "result.json", "parts.json", "shared.json", *PARTS}
+CURVE = "curve.json"
+"""Scores at the rungs of a run."""
+_WRITTEN = {RUN, MANIFEST, QUESTIONS, METRICS, CURVE, "result.json", "parts.json", "shared.json", *PARTS}
 
 
 def write_json(path: Path, value: Any) -> None:

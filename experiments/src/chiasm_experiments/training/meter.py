@@ -39,6 +39,10 @@ class Meter:
         self._ended: _Mark = self._clock.mark()
         self._begun: _Mark = self._ended
 
+    def restart(self) -> None:
+        """What was done since the last step belongs to no step."""
+        self._ended = self._clock.mark()
+
     def begin(self) -> None:
         """The samples of the next step are there."""
         self._begun = self._clock.mark()

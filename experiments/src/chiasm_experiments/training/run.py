@@ -19,7 +19,8 @@ from chiasm_experiments.data.feed import FeatureMemo, Feed
 from chiasm_experiments.data.mixture import Mixture, load_mixture
 from chiasm_experiments.data.order import Order
 from chiasm_experiments.data.store import FeatureStore
-from chiasm_experiments.evaluation import evaluate, load_benchmarks, scores, write_rows
+from chiasm_experiments.evaluation import Row, evaluate, load_benchmarks, scores, write_rows
+from chiasm_experiments.interfaces import Benchmark
 from chiasm_experiments.loggers import Listeners, chosen
 from chiasm_experiments.training import environment
 from chiasm_experiments.training.cache import WarmParts, content_identity
@@ -36,10 +37,13 @@ from chiasm_experiments.training.files import (
     remove_partial,
     write_json,
 )
+from chiasm_experiments.training.guide import Guide, StoppedError, Timed
 from chiasm_experiments.training.overview import overview
+from chiasm_experiments.training.rungs import PrunedError, Rungs
 from chiasm_experiments.training.shared import stage_folder
 from chiasm_experiments.training.stage import check_stage
-from chiasm_experiments.training.stages import Progress, Stages
+from chiasm_experiments.training.stages import Stages
+from chiasm_experiments.training.strategy import Strategy
 from chiasm_experiments.training.workers import Workers
 
 
@@ -53,6 +57,8 @@ class Job:
         labels: what identifies the run in its study: `trial`, `cell`, `study`.
         execution: where its time and memory go.
         shared_stages: how many of its first stages are shared through `execution.stages_folder`; None: all.
+        rungs: shares of the last stage's steps, in (0, 1) and rising, at which the run is judged.
+        rung_questions: of each benchmark that are asked there.
         memo_bytes: memory for features of frozen encoders; used where no loader process runs.
         command: what the user ran, which on a worker is another.
     """
@@ -62,6 +68,8 @@ class Job:
     labels: dict[str, Any]
     execution: Execution = field(default_factory=Execution)
     shared_stages: int | None = None
+    rungs: tuple[float, ...] = ()
+    rung_questions: int = 100
     memo_bytes: int = 2**30
     command: list[str] = field(default_factory=environment.command)
 
@@ -79,32 +87,43 @@ def check_data(run: RunConfig) -> None:
         benchmark.check()
 
 
-def execute(job: Job, progress: Progress, warm: WarmParts | None = None) -> dict[str, Any]:
+def execute(job: Job, guide: Guide, warm: WarmParts | None = None, workers: Workers | None = None) -> dict[str, Any]:
     """Trains the stages of a run, evaluates it, and returns its manifest. Called on every worker.
 
     What is finished is not done again: a complete run returns its manifest, a finished stage is read from its files.
+    A run that its guide prunes at a rung has a manifest with the status `pruned` and its learning curve, and stays so
+    as long as it is to be judged at rungs.
+
+    Args:
+        job: the run.
+        guide: is told how far it is, stops and prunes it; on the first worker.
+        warm: frozen parts that this process has loaded.
+        workers: that train together; None: as Ray Train says.
 
     Raises:
+        StoppedError: the guide stopped the run; called again it goes on.
         ConfigError: the folder holds another run.
         ChiasmError: data or weights cannot be used.
     """
-    workers = Workers.current()
+    workers = workers or Workers.current()
     run = RunConfig.model_validate(job.run)
-    manifest = _earlier(run, Path(job.folder))
+    manifest = _earlier(run, Path(job.folder), pruned=bool(job.rungs))
     if manifest is not None:
         return manifest
     loggers = job.execution.loggers
     with Listeners(chosen(loggers) if workers.first else (), asked=loggers != "auto") as listeners:
-        return _execute(job, run, workers, progress, warm, listeners)
+        return _execute(job, run, workers, Timed(guide), warm, listeners)
 
 
 def _execute(
-    job: Job, run: RunConfig, workers: Workers, progress: Progress, warm: WarmParts | None, listeners: Listeners
+    job: Job, run: RunConfig, workers: Workers, guide: Timed, warm: WarmParts | None, listeners: Listeners
 ) -> dict[str, Any]:
     folder = Path(job.folder)
     if workers.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(workers.device)
-    started = time.perf_counter()
+    started = guide.started
+    if workers.first:
+        guide.progress("load", 0, 1, {})
     warm = warm or WarmParts(FeatureMemo(job.memo_bytes))
     warm.retain(run)
     vlm = build_vlm(run, partial(warm.load, run))
@@ -125,36 +144,86 @@ def _execute(
     if workers.first:
         listeners.tell("chiasm_run_started", folder=folder, manifest=manifest)
     loaded = time.perf_counter()
-    stages = Stages(
-        job, run, vlm, mixtures, feed, workers, strategy, progress, listeners, manifest["environment"]
-    ).train()
+    rungs = _rungs(job, run, vlm, cache, benchmarks, workers, strategy, guide) if job.rungs else None
+    stages = Stages(job, run, vlm, mixtures, feed, workers, strategy, guide, rungs, listeners, manifest["environment"])
+    finished: list[dict[str, Any]] = []
+    ended: dict[str, Any] = {"status": "complete"}
+    begun = 0.0  # seconds of a stage that is not finished
+    try:
+        for result in stages.train():  # one by one: those before an error are kept
+            finished += [result]
+    except PrunedError as pruned:
+        assert rungs is not None
+        ended = {"status": "pruned", "rung": pruned.rung}
+        begun = sum(point["seconds"] for point in rungs.curve if point["rung"] == pruned.rung)
     trained = time.perf_counter()
-
-    if workers.first:
-        progress("evaluate", 0, 1, {})
-    with strategy.whole():  # workers answer different numbers of questions, at lengths of their own
-        rows = evaluate(vlm, run, feed, benchmarks, workers)
+    if ended["status"] == "complete":
+        rows = _evaluate(run, vlm, feed, benchmarks, workers, strategy, guide)
+        ended["scores"] = scores(rows)
+        if workers.first:
+            write_rows(folder / QUESTIONS, rows)
     feed.close()
-    ended = time.perf_counter()
+    evaluated = time.perf_counter()
     manifest |= {
-        "status": "complete",
-        "stages": stages,
+        **ended,
+        "stages": finished,
+        "curve": rungs.curve if rungs is not None else [],
         "seconds": {
             "load": loaded - started,
-            "train": sum(stage["seconds"] for stage in stages),
-            "shared": sum(stage["seconds"] for stage in stages if stage["shared"]),
-            "evaluate": ended - trained,
-            "total": ended - started,
+            "train": sum(stage["seconds"] for stage in finished) + begun,
+            "shared": sum(stage["seconds"] for stage in finished if stage["shared"]),
+            "evaluate": evaluated - trained,
+            "total": evaluated - started,
         },
+        "first_step_seconds": guide.first_step_seconds,
         "peak_gpu_bytes": torch.cuda.max_memory_allocated(workers.device) if workers.device.type == "cuda" else None,
-        "scores": scores(rows),
     }
     if workers.first:
-        write_rows(folder / QUESTIONS, rows)
         write_json(folder / MANIFEST, manifest)  # last: a folder with a complete manifest has everything
         listeners.tell("chiasm_run_ended", folder=folder, manifest=manifest)
     workers.barrier()
     return manifest
+
+
+def _evaluate(
+    run: RunConfig,
+    vlm: VLM,
+    feed: Feed,
+    benchmarks: dict[str, Benchmark],
+    workers: Workers,
+    strategy: Strategy,
+    guide: Guide,
+) -> list[Row]:
+    """The rows of all questions.
+
+    Raises:
+        StoppedError: the guide stopped it.
+    """
+
+    def answered(done: int, total: int) -> None:
+        if workers.first:
+            guide.progress("evaluate", done, total, {})
+        if workers.sum(done < total and workers.first and guide.stopping()):
+            raise StoppedError(f"the evaluation was stopped after {done} of {total} questions; training is finished")
+
+    with strategy.whole():  # workers answer different numbers of questions, at lengths of their own
+        return evaluate(vlm, run, feed, benchmarks, workers, answered=answered)
+
+
+def _rungs(
+    job: Job,
+    run: RunConfig,
+    vlm: VLM,
+    cache: CacheDecision,
+    benchmarks: dict[str, Benchmark],
+    workers: Workers,
+    strategy: Strategy,
+    guide: Guide,
+) -> Rungs:
+    """The rungs of a run, with a feed that leaves nothing in the memory where training's own would find it."""
+    feed = make_feed(vlm, run, None, cache.store, cache.share)
+    folder, shares, count = Path(job.folder), job.rungs, job.rung_questions
+    return Rungs(folder, shares, count, run, feed, benchmarks, workers, strategy, guide)
 
 
 def load_run_folder(folder: Path) -> tuple[RunConfig, VLM]:
@@ -189,8 +258,8 @@ def make_feed(
     return Feed(vlm, builder, memo, identities, store, share)
 
 
-def _earlier(run: RunConfig, folder: Path) -> dict[str, Any] | None:
-    """The manifest of this run if the folder holds it complete.
+def _earlier(run: RunConfig, folder: Path, *, pruned: bool) -> dict[str, Any] | None:
+    """The manifest of this run if the folder holds it complete, or pruned where that counts.
 
     Raises:
         ConfigError: the folder holds another run.
@@ -201,7 +270,7 @@ def _earlier(run: RunConfig, folder: Path) -> dict[str, Any] | None:
         raise ConfigError(f"{str(folder)!r} holds a run with other settings; choose another folder or empty this one")
     if (folder / MANIFEST).is_file():
         manifest: dict[str, Any] = read_json(folder / MANIFEST)
-        if manifest["status"] == "complete":
+        if manifest["status"] == "complete" or (pruned and manifest["status"] == "pruned"):
             return manifest
     return None
 

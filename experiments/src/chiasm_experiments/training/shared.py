@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import platform
 import shutil
@@ -19,21 +18,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import TypeVar
 
 import torch.distributed as dist
 
 from chiasm_experiments.training.files import has_parts, read_json, write_json
+from chiasm_experiments.training.guide import StoppedError
+from chiasm_experiments.training.locks import QUIET_SECONDS, SIGN_SECONDS, FileLock, Signs
 from chiasm_experiments.training.workers import Workers
 
 T = TypeVar("T")
 
 REFERENCE = "shared.json"
 POLL_SECONDS = 0.5
-SIGN_SECONDS = 10.0
-"""How often a run that trains a stage shows that it lives."""
-QUIET_SECONDS = 60.0
-"""Without a sign of life for so long, the folder of a run on another machine is taken over."""
 
 
 def stage_folder(own: Path) -> Path:
@@ -94,7 +91,13 @@ class Claim:
 
 
 @contextmanager
-def claim(store: Path, key: str, workers: Workers, waiting: Callable[[], None]) -> Iterator[Claim]:
+def claim(
+    store: Path,
+    key: str,
+    workers: Workers,
+    waiting: Callable[[], None],
+    stopping: Callable[[], bool] = lambda: False,
+) -> Iterator[Claim]:
     """The stage of a key, finished by whoever trains it or for this run to train; called on every worker.
 
     A run that finds another at work waits, and goes on from that one's last checkpoint if it dies. Where the file
@@ -106,6 +109,10 @@ def claim(store: Path, key: str, workers: Workers, waiting: Callable[[], None]) 
         key: of the stage.
         workers: this worker among all.
         waiting: told on the first worker, again and again, while another run trains the stage.
+        stopping: asked on the first worker meanwhile whether to wait no longer.
+
+    Raises:
+        StoppedError: `stopping` said so.
     """
     seeker = _Seeker(store, key) if workers.first else None
     with contextlib.ExitStack() as held:
@@ -116,6 +123,8 @@ def claim(store: Path, key: str, workers: Workers, waiting: Callable[[], None]) 
             found = _from_first(workers, seeker.look() if seeker is not None else None)
             if found is not None:
                 break
+            if _from_first(workers, workers.first and stopping()):
+                raise StoppedError("stopped while another run trained a stage that this one needs")
             if workers.first:
                 waiting()
             time.sleep(POLL_SECONDS)
@@ -128,9 +137,8 @@ class _Seeker:
     def __init__(self, store: Path, key: str) -> None:
         self.store = store
         self.key = key
-        self.lock = _Lock(store / f".{key}.lock")
-        self.signs: dict[Path, tuple[int, float]] = {}
-        """For each folder of a run elsewhere its last sign of life, and since when that has been the last."""
+        self.lock = FileLock(store / f".{key}.lock")
+        self.signs = Signs()
 
     def look(self) -> str | None:
         """The folder of the finished stage or the one to train it in; None while another run trains it."""
@@ -157,51 +165,9 @@ class _Seeker:
     def _lives(self, folder: Path) -> bool | None:
         """Whether a folder's run shows that it lives; None while that cannot be said."""
         try:
-            sign = folder.stat().st_mtime_ns
+            return self.signs.lives(folder, QUIET_SECONDS)
         except FileNotFoundError:  # it was published or taken over
             return True
-        first, since = self.signs.setdefault(folder, (sign, time.monotonic()))
-        if sign != first:
-            return True
-        return False if time.monotonic() - since > QUIET_SECONDS else None
-
-
-class _Lock:
-    """A file lock that ends with its process.
-
-    Args:
-        path: of the file, which stays.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.works = True
-        """False once the file system was found to have no locks."""
-        self._file: IO[bytes] | None = None
-
-    def take(self) -> bool:
-        """Whether the lock is this run's now; where there are no locks it always is."""
-        if self._file is None and self.works:
-            file = self.path.open("ab")
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.close()
-                return False
-            except OSError:
-                file.close()
-                self.works = False
-                return True
-            self._file = file
-        return True
-
-    def free(self) -> None:
-        """Gives the lock back."""
-        if self._file is not None:
-            # closing alone would leave it with loader processes, which inherit the file
-            fcntl.flock(self._file, fcntl.LOCK_UN)
-            self._file.close()
-            self._file = None
 
 
 def _from_first(workers: Workers, value: T) -> T:

@@ -18,11 +18,13 @@ from chiasm_experiments.data.mixture import Mixture
 from chiasm_experiments.data.order import Order
 from chiasm_experiments.training.checkpoint import Checkpoints, Learner, Position
 from chiasm_experiments.training.execution import Choice
+from chiasm_experiments.training.guide import Guide, StoppedError, Unguided
 from chiasm_experiments.training.memory import explained, fit_memory
 from chiasm_experiments.training.meter import Metrics
 from chiasm_experiments.training.optim import make_optimizer, make_schedule
 from chiasm_experiments.training.packing import PADDED, Packing
 from chiasm_experiments.training.precision import autocast
+from chiasm_experiments.training.rungs import Rungs
 from chiasm_experiments.training.sight import NOTHING, Sight
 from chiasm_experiments.training.strategy import Alone, Sharded, Strategy, idle_batch
 from chiasm_experiments.training.workers import Workers
@@ -68,6 +70,8 @@ def train_stage(
     activation_checkpointing: Choice = "auto",
     strategy: Strategy | None = None,
     packing: Packing = PADDED,
+    guide: Guide | None = None,
+    rungs: Rungs | None = None,
 ) -> StageResult:
     """Trains the parts that a stage names, in place; goes on from its newest checkpoint where it has one.
 
@@ -88,8 +92,12 @@ def train_stage(
         activation_checkpointing: of the language model's blocks.
         strategy: how the workers share the work; None: there is one worker.
         packing: when the samples of a forward pass become one row.
+        guide: whose first worker's word stops all workers after the same step; None: nobody's does.
+        rungs: of this stage.
 
     Raises:
+        StoppedError: the guide said so; a checkpoint holds the stage as it is.
+        PrunedError: the guide ended the run at a rung.
         DivergedError: the loss is not finite.
         DataError: a sample cannot be used; the message names it.
     """
@@ -99,6 +107,7 @@ def train_stage(
     vlm.set_trained(stage.train)
     vlm.train()
     strategy = strategy or Alone(workers, vlm)
+    guide = guide or Unguided()
     forward = strategy.stage()
     shards = isinstance(strategy, Sharded)
     fit = fit_memory(vlm, run, index, samples, feed, workers, activation_checkpointing, shards=shards)
@@ -124,6 +133,8 @@ def train_stage(
             if workers.first:
                 on_step(step, steps, metrics)
 
+    if rungs is not None:
+        rungs.take_up(position, steps)
     todo = range(position.step, steps)
     share = (order.step(step)[workers.rank :: workers.size] for step in todo)
     given = zip(todo, load_steps(share, samples, feed, workers.device, loader_workers), strict=True)
@@ -167,10 +178,26 @@ def train_stage(
             flops=sight.needed(examples),
         )
         report(meter.ready())
-        # after the last step the whole stage is saved; a checkpoint claims no step whose metrics could be lost
-        if checkpoints and step + 1 < steps and checkpoints.due():
+        if step + 1 == steps:
+            break  # the whole stage is saved
+        if rungs is not None and step + 1 in rungs.steps(steps).values():
             report(meter.flush())
-            checkpoints.write(learner, position)
+            paused = time.perf_counter()
+            rungs.reach(position, steps)
+            started += time.perf_counter() - paused
+            meter.restart()
+        due, stop = workers.sums(
+            workers.first and checkpoints is not None and checkpoints.due(), workers.first and guide.stopping()
+        )
+        if due or stop:
+            report(meter.flush())  # a checkpoint claims no step whose metrics could be lost
+            if checkpoints is not None:
+                checkpoints.write(learner, position)
+        if stop:
+            if checkpoints is not None:
+                checkpoints.wait()
+            workers.barrier()
+            raise StoppedError(f"stage {stage.name!r} was stopped after step {step + 1} of {steps}")
     report(meter.flush())
     losses = position.losses
     tail = losses[-max(1, len(losses) // 10) :]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -25,11 +26,13 @@ from chiasm_experiments.training.files import (
     save_parts,
     write_json,
 )
+from chiasm_experiments.training.guide import Guide
 from chiasm_experiments.training.identity import stage_key
 from chiasm_experiments.training.meter import Metrics
 from chiasm_experiments.training.operations import ModelOperations, device_peak
 from chiasm_experiments.training.packing import Packing
 from chiasm_experiments.training.precision import compute_dtype
+from chiasm_experiments.training.rungs import PrunedError, Rungs
 from chiasm_experiments.training.shared import Claim, claim, refer, stage_folder
 from chiasm_experiments.training.sight import Sight
 from chiasm_experiments.training.stage import train_stage
@@ -38,9 +41,6 @@ from chiasm_experiments.training.workers import Workers
 
 if TYPE_CHECKING:
     from chiasm_experiments.training.run import Job
-
-Progress = Callable[[str, int, int, Metrics], None]
-"""Told on the first worker: what is done (a stage's name or `evaluate`), the step, the steps in all, its metrics."""
 
 RESULT = "result.json"
 
@@ -57,7 +57,8 @@ class Stages:
         feed: makes batches.
         workers: this worker among all.
         strategy: how they share the work.
-        progress: told of every step.
+        guide: told of every step, and asked whether to stop.
+        rungs: of the last stage; None: it has none.
         listeners: told of every step, too.
         environment: versions, which a shared result's key holds.
     """
@@ -69,15 +70,22 @@ class Stages:
     feed: Feed
     workers: Workers
     strategy: Strategy
-    progress: Progress
+    guide: Guide
+    rungs: Rungs | None
     listeners: Listeners
     environment: dict[str, Any]
 
-    def train(self) -> list[dict[str, Any]]:
-        """Leaves the model as the last stage leaves it; what each stage cost."""
+    def train(self) -> Iterator[dict[str, Any]]:
+        """What each stage cost, once it is finished; leaves the model as the last one leaves it.
+
+        Raises:
+            PrunedError: the guide ended the run at a rung of the last stage, which leaves nothing.
+            StoppedError: the guide stopped the run.
+        """
         with contextlib.ExitStack() as files:
             log = files.enter_context(MetricsLog(Path(self.job.folder) / METRICS)) if self.workers.first else None
-            return [self._stage(index, log) for index in range(len(self.run.stages))]
+            for index in range(len(self.run.stages)):
+                yield self._stage(index, log)
 
     def _stage(self, index: int, log: MetricsLog | None) -> dict[str, Any]:
         own = Path(self.job.folder) / "stages" / self.run.stages[index].name
@@ -100,8 +108,8 @@ class Stages:
         name, parts = self.run.stages[index].name, sorted(random_parts(self.run))
         dtype = compute_dtype(self.run, self.workers.device)
         key = stage_key(self.run, index, self.mixtures, dtype, self.environment, parts)
-        waiting = partial(self.progress, f"{name} (another run trains it)", 0, 1, {})
-        with claim(store, key, self.workers, waiting) as stage:
+        waiting = partial(self.guide.progress, f"{name} (another run trains it)", 0, 1, {})
+        with claim(store, key, self.workers, waiting, self.guide.stopping) as stage:
             trained = not stage.finished
             if trained:
                 self._train(index, stage.folder, log, stage)
@@ -127,7 +135,7 @@ class Stages:
                     file.write(stage.name, step, metrics)
                 if shared is not None:
                     shared.alive()
-                self.progress(stage.name, step, steps, metrics)
+                self.guide.progress(stage.name, step, steps, metrics)
                 values = {"folder": Path(job.folder), "stage": stage.name, "step": step, "metrics": metrics}
                 self.listeners.tell("chiasm_metrics", **values)
 
@@ -136,21 +144,29 @@ class Stages:
             checkpoints = Checkpoints(folder, workers, job.execution.checkpoint_seconds)
             files.callback(checkpoints.close)
             loaders = job.execution.loaders(workers.device)
-            ended = train_stage(
-                self.vlm,
-                self.run,
-                index,
-                self.mixtures[index],
-                self.feed,
-                workers,
-                on_step,
-                loaders,
-                checkpoints,
-                sight=self._sight(index),
-                activation_checkpointing=job.execution.activation_checkpointing,
-                strategy=self.strategy,
-                packing=Packing.choose(job.execution.pack, self.vlm.llm, workers.device),
-            )
+            try:
+                ended = train_stage(
+                    self.vlm,
+                    self.run,
+                    index,
+                    self.mixtures[index],
+                    self.feed,
+                    workers,
+                    on_step,
+                    loaders,
+                    checkpoints,
+                    sight=self._sight(index),
+                    activation_checkpointing=job.execution.activation_checkpointing,
+                    strategy=self.strategy,
+                    packing=Packing.choose(job.execution.pack, self.vlm.llm, workers.device),
+                    guide=self.guide,
+                    rungs=self.rungs if index == len(self.run.stages) - 1 else None,
+                )
+            except PrunedError:
+                checkpoints.clear()
+                if workers.first and shared is not None:
+                    shutil.rmtree(folder)
+                raise
             result = {"name": stage.name, "train": list(stage.train), **asdict(ended)}
             result["trained_by"] = job.folder
             if workers.first:
