@@ -49,10 +49,11 @@ def write(tmp_path):
 
 def test_a_grid_has_every_combination_and_seeds_are_blocks(write):
     study = Study(write())
-    cells = make_cells(study)
+    made = make_cells(study)
+    cells = made.cells
     assert [cell.label for cell in cells] == ["mlp, slow", "mlp, fast", "linear, slow", "linear, fast"]
     assert [cell.run.stages[0].lr for cell in cells] == [1e-4, 1e-2] * 2
-    trials = make_trials(study, cells)
+    trials = make_trials(study, made)
     assert [trial.seed for trial in trials] == [3] * 4 + [5] * 4
     assert [trial.run.seed for trial in trials] == [3] * 4 + [5] * 4
     assert len({trial.name for trial in trials}) == 8
@@ -79,7 +80,7 @@ def test_levels_are_labelled_by_what_they_are(write):
 
 def test_fields_that_the_base_leaves_to_defaults_can_vary(write):
     study = Study(write({"factors": {"vision.image.resize": ["pad", "squash"]}}))
-    assert [cell.run.vision.image.resize for cell in make_cells(study)] == ["pad", "squash"]
+    assert [cell.run.vision.image.resize for cell in make_cells(study).cells] == ["pad", "squash"]
 
 
 @pytest.mark.parametrize(
@@ -125,7 +126,7 @@ def test_cells_that_cannot_work_stop_the_study_before_it_starts(write, tmp_path,
         del run["llm"]["shape"]
     path = write({"factors": factors}, run)
     with pytest.raises(ConfigError, match=says):
-        refuse_invalid(make_cells(Study(path)))
+        refuse_invalid(make_cells(Study(path)), Study(path))
     with pytest.raises(ConfigError, match=says):
         sweep(path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -164,6 +165,6 @@ def test_every_shipped_recipe_parses(path):
 @pytest.mark.parametrize("path", sorted((ROOT / "studies").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_study_has_valid_cells_and_a_control(path):
     study = Study(path)
-    refuse_invalid(make_cells(study))
+    refuse_invalid(make_cells(study), study)
     assert study.config.control
     assert len(study.config.seeds) >= 2

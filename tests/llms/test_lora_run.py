@@ -197,7 +197,7 @@ def test_a_study_of_the_recipe_with_and_without_lora_is_planned(tmp_path: Path) 
     recipe(tmp_path, {"name": "mistral", "shape": shape | {"vocabulary": 300}})
     study = {"name": "lora", "base": "recipe.yaml", "factors": {"llm.lora": [None, {"rank": 16}]}}
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
-    full, low = make_cells(Study(tmp_path / "study.yaml"))
+    full, low = make_cells(Study(tmp_path / "study.yaml")).cells
     assert [full.plan.problems, low.plan.problems] == [[], []]
     assert full.label != low.label
     added = 2 * 16 * ((32 + 32) * 2 + (32 + 16) * 2 + (32 + 64) * 3)

@@ -17,7 +17,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from chiasm.errors import ChiasmError, ConfigError
-from chiasm_experiments.study.cells import Cell, Trial, levels_of, make_cells, make_trials, refuse_invalid
+from chiasm_experiments.study.cells import BASE, Cell, Trial, levels_of, make_cells, make_trials, refuse_invalid
 from chiasm_experiments.study.config import Study
 from chiasm_experiments.study.sharing import Sharing
 from chiasm_experiments.training.files import MANIFEST, read_json, write_json
@@ -69,8 +69,8 @@ def sweep(path: Path, out: Path | None = None, *, fresh: bool = False, say: Say 
     """
     study = Study(path)
     cells = make_cells(study)
-    refuse_invalid(cells)
-    check_all_data(cells)
+    refuse_invalid(cells, study)
+    check_all_data(cells.cells)
     trials = make_trials(study, cells)
     folder = (out or runs_folder() / study.config.name).absolute()
     if fresh and folder.exists():
@@ -168,7 +168,8 @@ class _Driver:
         self.pool = Pool(study.config.resources)
         self.retries = study.config.resources.retries
         self.distributions: dict[str, Any] = {
-            path: CategoricalDistribution(labels) for path, labels in levels_of(study)
+            path: CategoricalDistribution(sorted({*labels, BASE}, key=[*labels, BASE].index))
+            for path, labels in levels_of(study)
         } | {"seed": CategoricalDistribution(study.config.seeds)}
         self.asked: dict[str, optuna.Trial] = {}
         self.attempts: dict[str, int] = {}

@@ -6,11 +6,14 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from chiasm.config import RunConfig
-from chiasm_experiments.study.cells import Trial
 from chiasm_experiments.training.files import has_parts
 from chiasm_experiments.training.shared import stage_folder
+
+if TYPE_CHECKING:
+    from chiasm_experiments.study.cells import Trial
 
 
 class Sharing:
