@@ -293,6 +293,16 @@ def test_failed_and_unfinished_trials_are_counted_and_told(folder: Path) -> None
     assert r"OutOfMemoryError: 3 GiB \| asked" in report.markdown.read_text()
 
 
+def test_trials_under_way_have_not_failed(folder: Path) -> None:
+    for name, status in (("t013", "running"), ("t014", "stopped"), ("t020", "pruned"), ("t021", "failed")):
+        manifest = folder / "trials" / name / "manifest.json"
+        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"status": status}))
+    report = write_report(folder)
+    assert "23 of 27 planned complete, 1 pruned, 1 failed, 2 not finished" in words(report)
+    told = next(table for table in report.tables if table.caption == "Trials without a result")
+    assert [row.cells[3] for row in told.rows] == ["unfinished", "unfinished", "pruned", "failed"]
+
+
 def test_a_missing_run_is_filled_by_the_additive_model(folder: Path) -> None:
     fail(folder, "t013", "lost")  # clip, sum, seed 1
     report = write_report(folder)
@@ -442,7 +452,7 @@ def test_a_control_that_is_no_level_is_an_error(tmp_path: Path) -> None:
 
 
 def test_no_study_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"study\.json cannot be read"):
+    with pytest.raises(DataError, match="holds no study; wanted a folder that `chiasm sweep` wrote into"):
         write_report(tmp_path)
 
 

@@ -12,7 +12,10 @@ from typing import Any, Literal
 from chiasm.errors import DataError
 
 Cell = Mapping[str, str]
-Status = Literal["complete", "failed", "unfinished"]
+Status = Literal["complete", "pruned", "failed", "unfinished"]
+
+_STATUS: dict[str, Status] = {"complete": "complete", "pruned": "pruned", "failed": "failed"}
+"""Of a manifest; a run with any other is under way, or waits to be taken up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +102,8 @@ def load_study(folder: Path) -> Study:
     Raises:
         DataError: `study.json` is missing or malformed, or two complete trials share a cell and a seed.
     """
+    if not (folder / "study.json").is_file():
+        raise DataError(f"{str(folder)!r} holds no study; wanted a folder that `chiasm sweep` wrote into")
     plan = _read_object(folder / "study.json")
     levels = dict(plan.get("factors") or {})
     factors = {str(path): [_text(label) for label in labels] for path, labels in levels.items()}
@@ -165,7 +170,7 @@ def _parse_trial(folder: Path, manifest: Mapping[str, Any], factors: Mapping[str
         folder=folder,
         cell={path: cell[path] for path in factors if path in cell},
         seed=int(manifest["seed"]),
-        status="complete" if status == "complete" else "failed",
+        status=_STATUS.get(status, "unfinished"),
         error=None if error is None else str(error),
         visual_tokens=manifest.get("visual_tokens"),
         trained=parameters.get("trained"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -146,15 +147,17 @@ def _control(control: ControlResult, analysis: Analysis) -> str:
 
 
 def _trials(study: Study, analyses: Sequence[Analysis]) -> str:
-    failed = sum(trial.status == "failed" for trial in study.trials)
+    number = Counter(trial.status for trial in study.trials)
     done = len(study.complete)
     if study.planned is None:
         text = f"{done} complete"
-        waiting = sum(trial.status == "unfinished" for trial in study.trials)
+        waiting = number["unfinished"]
     else:
         text = f"{done} of {study.planned} planned complete"
-        waiting = study.planned - len({(cell_key(trial.cell), trial.seed) for trial in study.trials if trial.cell})
-    text += f", {failed} failed, {max(waiting, 0)} not finished"
+        ended = [trial for trial in study.trials if trial.cell and trial.status != "unfinished"]
+        waiting = study.planned - len({(cell_key(trial.cell), trial.seed) for trial in ended})
+    text += f", {number['pruned']} pruned" if number["pruned"] else ""
+    text += f", {number['failed']} failed, {max(waiting, 0)} not finished"
     text += "" if done == study.planned else "; cells without a trial are missing from every table"
     asked = [
         f"{fmt.number(len(item.questions), 'question')} on {fmt.number(item.images, 'image')} of {item.name}"
