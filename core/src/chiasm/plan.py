@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from chiasm.config import PARTS, Part, RunConfig, resolve
+from chiasm.config import PARTS, ComponentRef, Part, RunConfig, resolve
 from chiasm.cost import RunCost, SampleSize, run_cost
 from chiasm.errors import ChiasmError
 from chiasm.features import SequenceSpec
 from chiasm.llm import FIXED_LLM, LanguageModelSpec
 from chiasm.prompt import learned_vectors
+from chiasm.registry import registry
 from chiasm.views import Views
+from chiasm.yamlfile import problems_of
 
 
 @dataclass(slots=True)
@@ -67,26 +69,30 @@ def plan_run(run: RunConfig, sample: SampleSize | None = None) -> RunPlan:
     def attempt(where: str, step: Callable[[], Any]) -> Any:
         try:
             return step()
-        except ValidationError as error:
-            plan.problems += [f"{where}: {detail['msg']}" for detail in error.errors()]
         except (ChiasmError, ValueError) as error:
             plan.problems.append(f"{where}: {error}")
         return None
 
-    def spec(kind: str, ref: Any, *geometry: Any) -> Any:
-        cls, config = resolve(kind, ref)
-        return cls.spec(config, *geometry)
+    def spec(where: str, kind: str, ref: ComponentRef, *geometry: Any) -> Any:
+        try:
+            cls: Any = registry().load(kind, ref.name)
+            config = cls.Config.model_validate(ref.options)
+        except ValidationError as error:
+            for problem in problems_of(error, ref.options, model=cls.Config):
+                plan.problems.append(f"{'.'.join(map(str, (where, *problem.location)))}: {problem.message}")
+        except ChiasmError as error:
+            plan.problems.append(f"{where}: {error}")
+        else:
+            return attempt(where, lambda: cls.spec(config, *geometry))
+        return None
 
-    def count(kind: str, ref: Any, *geometry: Any) -> int:
+    def count(kind: str, ref: ComponentRef, *geometry: Any) -> int:
         cls, config = resolve(kind, ref)
         with torch.device("meta"):
             return sum(p.numel() for p in cls(config, *geometry).parameters())
 
-    encoders = [
-        attempt(f"vision.encoders.{i}", lambda ref=ref: spec("encoder", ref))  # type: ignore[misc]
-        for i, ref in enumerate(run.vision.encoders)
-    ]
-    llm: LanguageModelSpec | None = attempt("llm", lambda: spec("llm", run.llm))
+    encoders = [spec(f"vision.encoders.{i}", "encoder", ref) for i, ref in enumerate(run.vision.encoders)]
+    llm: LanguageModelSpec | None = spec("llm", "llm", run.llm)
     if None not in encoders:
         plan.parameters["encoders"] = sum(encoder.parameters for encoder in encoders)
     if llm is not None:
@@ -103,11 +109,11 @@ def plan_run(run: RunConfig, sample: SampleSize | None = None) -> RunPlan:
         return _finish(plan, run, llm)
 
     features = tuple(encoder.features for encoder in encoders)
-    plan.sequence = attempt("vision.fusion", lambda: spec("fusion", run.vision.fusion, features, llm.width))
+    plan.sequence = spec("vision.fusion", "fusion", run.vision.fusion, features, llm.width)
     if plan.sequence is None:
         return _finish(plan, run, llm)
     plan.parameters["fusion"] = count("fusion", run.vision.fusion, features, llm.width)
-    out = attempt("vision.adapter", lambda: spec("adapter", run.vision.adapter, plan.sequence, llm.width))
+    out = spec("vision.adapter", "adapter", run.vision.adapter, plan.sequence, llm.width)
     if out is None:
         return _finish(plan, run, llm)
     plan.parameters["adapter"] = count("adapter", run.vision.adapter, plan.sequence, llm.width)
