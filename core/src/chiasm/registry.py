@@ -100,7 +100,13 @@ class Registry:
         return [other for other in self.plugins.get_plugins() if other is not module]
 
     def names(self, kind: str) -> list[str]:
-        """The names of a kind, sorted."""
+        """The names of a kind, sorted.
+
+        Raises:
+            UnknownComponentError: no such kind.
+        """
+        if kind not in self.kinds:
+            raise UnknownComponentError(f"no kind of component named {kind!r}. Kinds: {', '.join(self.kinds)}.")
         return sorted(name for owned_kind, name in self._owned if owned_kind == kind)
 
     def all(self) -> list[Registered]:
@@ -154,8 +160,6 @@ class Registry:
         return cls
 
     def _unknown(self, kind: str, name: str) -> str:
-        if kind not in self.kinds:
-            return f"no kind of component named {kind!r}. Kinds: {', '.join(self.kinds)}."
         names = self.names(kind)
         close = difflib.get_close_matches(name, names, n=1)
         lines = [f"no {kind} named {name!r}."]
