@@ -13,48 +13,53 @@ from chiasm_experiments.submit import submit
 EXISTING = click.Path(exists=True, path_type=Path)
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 NEW = click.Path(path_type=Path)
+NEW_FILE = click.Path(dir_okay=False, path_type=Path)
+COUNT = click.IntRange(min=1)
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON for a machine.")
 
 
 @click.command()
 @click.argument("file", type=EXISTING)
-@click.option("--text", default=64, show_default=True, help="Positions of text in the sample that is costed.")
-@click.option("--answer", default=32, show_default=True, help="Those of its answer.")
-@click.option("--gpu-memory", type=float, help="GiB of the GPU; names the cells whose steps are to take more.")
-@click.option("--workers", default=1, show_default=True, help="GPUs that the language model is spread over (FSDP2).")
+@click.option(
+    "--text", type=COUNT, default=64, show_default=True, help="Positions of text in the sample that is costed."
+)
+@click.option("--answer", type=COUNT, default=32, show_default=True, help="Those of its answer.")
+@click.option(
+    "--gpu-memory",
+    type=click.FloatRange(min=0, min_open=True),
+    help="GiB of the GPU; names the cells whose steps are to take more.",
+)
+@click.option(
+    "--workers", type=COUNT, default=1, show_default=True, help="GPUs that the language model is spread over (FSDP2)."
+)
 @as_json
 def plan(file: Path, text: int, answer: int, gpu_memory: float | None, workers: int, as_json: bool) -> None:
     """Say what a RUN or STUDY file would do, without loading a weight.
 
     For each cell: whether its parts fit and why not, visual tokens of one image, parameters by part, operations of
-    one sample in training and to answer, and the peak memory of a step on a GPU. Exits with 1 if a cell cannot work.
+    one sample in training and to answer, and the peak memory of a step on a GPU. Of a study also its factors, what each
+    fidelity tries, what constraints leave out, and all trials and operations together. Exits with 1 if a sweep would
+    refuse the study, or the run cannot work.
     """
     from chiasm.config import load_run
     from chiasm.cost import SampleSize
-    from chiasm.plan import RunPlan, plan_run
+    from chiasm.plan import plan_run
     from chiasm.yamlfile import load_yaml
-    from chiasm_experiments.study.cells import make_cells, make_trials
     from chiasm_experiments.study.config import Study, is_study
-    from chiasm_experiments.study.plans import plans_as_text
+    from chiasm_experiments.study.overview import plan_study
+    from chiasm_experiments.study.plans import plans_as_text, study_as_text
 
     sample = SampleSize(text, answer)
     if is_study(load_yaml(file)):
-        study = Study(file)
-        cells = make_cells(study, sample)
-        plans = [(cell.label, cell.plan) for cell in cells.cells]
-        plans += [(item.label, RunPlan(problems=list(item.reasons))) for item in cells.skipped if item.by == "plan"]
-        head = f"{study.config.name}: {len(cells.cells)} cells x {len(study.config.seeds)} seeds = "
-        head += f"{len(make_trials(study, cells))} trials"
+        whole = plan_study(Study(file), sample)
+        values, works = whole.summary(workers), whole.refused is None
+        shown = study_as_text(whole, gpu_memory, workers)
     else:
-        plans, head = [(file.stem, plan_run(load_run(file), sample))], f"{file.name}: one run"
-    if as_json:
-        click.echo(
-            json.dumps({"cells": [{"label": label, **item.summary(workers)} for label, item in plans]}, indent=2)
-        )
-    else:
-        click.echo(head)
-        click.echo(plans_as_text(plans, sample, gpu_memory, workers))
-    if not all(item.valid for _, item in plans):
+        item = plan_run(load_run(file), sample)
+        values, works = {"cells": [{"label": file.stem, **item.summary(workers)}]}, item.valid
+        shown = f"{file.name}: one run\n" + plans_as_text([(file.stem, item)], sample, gpu_memory, workers)
+    click.echo(json.dumps(values, indent=2) if as_json else shown)
+    if not works:
         raise SystemExit(1)
 
 
@@ -75,18 +80,19 @@ def train(run_file: Path, out: Path, settings: tuple[str, ...], as_json: bool) -
     from chiasm.config import load_run
     from chiasm.errors import ConfigError
     from chiasm.plan import plan_run
+    from chiasm_experiments.folders import expect_run, new_folder
     from chiasm_experiments.training.execution import parse_execution
     from chiasm_experiments.training.local import SignalledError, run_here
     from chiasm_experiments.training.run import Job, check_data
 
     execution = parse_execution(settings)
+    expect_run(run_file)
     run = load_run(run_file)
     problems = plan_run(run).problems
     if problems:
         raise ConfigError("this run cannot work:\n" + "\n".join(f"  {problem}" for problem in problems))
     check_data(run)
-    folder = out.absolute()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = new_folder(out)
     labels: dict[str, Any] = {"trial": folder.name, "study": None, "cell": {}}
     values = run.model_dump(mode="json")
     job = Job(values, str(folder), labels, execution)
@@ -109,9 +115,11 @@ def sweep(study: Path, out: Path | None, fresh: bool, as_json: bool) -> None:
     Invalid cells and unreadable data stop it before anything runs. Call it again to take up what was interrupted:
     finished trials are kept. Set RAY_ADDRESS to use a running cluster. Exits with 1 if a trial failed.
     """
+    from chiasm_experiments.folders import expect_study
     from chiasm_experiments.report import write_report
     from chiasm_experiments.study.driver import sweep as run_study
 
+    expect_study(study)
     ended = run_study(study, out, fresh=fresh, say=lambda line: click.echo(line, err=as_json))
     if not ended.complete:
         raise click.ClickException(f"all {ended.failed} trials failed; the first error is in {ended.folder}/trials")
@@ -128,7 +136,7 @@ def sweep(study: Path, out: Path | None, fresh: bool, as_json: bool) -> None:
 
 @click.command()
 @click.argument("run_folder", metavar="RUN_FOLDER", type=FOLDER)
-@click.option("--out", type=NEW, help="Where to write the rows of all questions, as parquet.")
+@click.option("--out", type=NEW_FILE, help="Where to write the rows of all questions, as parquet.")
 @as_json
 def evaluate(run_folder: Path, out: Path | None, as_json: bool) -> None:
     """Evaluate a trained run again on its benchmarks, from its saved weights.
@@ -136,11 +144,14 @@ def evaluate(run_folder: Path, out: Path | None, as_json: bool) -> None:
     RUN_FOLDER is what `chiasm train` wrote, or one trial of a study.
     """
     from chiasm_experiments.evaluation import write_rows
+    from chiasm_experiments.folders import new_folder, trained_run
     from chiasm_experiments.training.local import evaluate_here
 
+    trained_run(run_folder)
+    if out is not None:
+        new_folder(out.parent)
     rows, scores = evaluate_here(run_folder)
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
         write_rows(out, rows)
     values = {
         name: {"accuracy": score, "questions": sum(r["benchmark"] == name for r in rows)}
@@ -168,13 +179,14 @@ def report(study_folder: Path, as_json: bool) -> None:
 @click.argument("run_folder", metavar="RUN_FOLDER", type=FOLDER)
 @click.argument("image", type=EXISTING)
 @click.argument("question")
-@click.option("--max-new-tokens", default=64, show_default=True, help="The longest answer.")
+@click.option("--max-new-tokens", type=COUNT, default=64, show_default=True, help="The longest answer.")
 @as_json
 def ask(run_folder: Path, image: Path, question: str, max_new_tokens: int, as_json: bool) -> None:
     """Ask a trained run a QUESTION about an IMAGE file and print its answer."""
+    from chiasm_experiments.folders import trained_run
     from chiasm_experiments.training.local import ask_here
 
-    response = ask_here(run_folder, image, question, max_new_tokens)
+    response = ask_here(trained_run(run_folder), image, question, max_new_tokens)
     click.echo(json.dumps({"answer": response}) if as_json else response)
 
 
