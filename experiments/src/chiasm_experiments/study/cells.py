@@ -22,7 +22,7 @@ from chiasm_experiments.study.space import BASE, Chosen, Fixed
 
 __all__ = [
     "BASE", "FULL", "Cell", "Cells", "Maker", "Skipped", "Trial", "fidelities", "levels_of", "make_cell", "make_cells",
-    "make_trials", "promoted", "refuse_invalid",
+    "make_trials", "planned", "promoted", "refuse_invalid",
 ]  # fmt: skip
 
 MOST_LINES = 30

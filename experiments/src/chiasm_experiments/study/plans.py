@@ -1,4 +1,4 @@
-"""The plans of a study's cells as a table for a terminal."""
+"""The plan of a study and of its cells, for a terminal."""
 
 from __future__ import annotations
 
@@ -6,8 +6,136 @@ from collections.abc import Sequence
 
 from chiasm.cost import SampleSize
 from chiasm.plan import RunPlan
+from chiasm_experiments.study.cells import FULL, Skipped, planned
+from chiasm_experiments.study.config import StudyConfig
+from chiasm_experiments.study.overview import FidelityPlan, StudyPlan
+from chiasm_experiments.study.settings import Planned, Range
+from chiasm_experiments.study.space import in_words
 
 GIB = 2**30
+MOST_ROWS = 40
+"""Of a search's combinations; more are told by their ends alone."""
+MOST_SKIPPED = 20
+
+
+def study_as_text(plan: StudyPlan, gpu_memory: float | None = None, workers: int = 1) -> str:
+    """What a study does: its factors, the cells of each fidelity, what is left out, and what it takes in all.
+
+    Args:
+        plan: of the study.
+        gpu_memory: GiB of a GPU; cells that are estimated to take more are named.
+        workers: over how many the language model is spread.
+    """
+    config, first = plan.study.config, plan.fidelities[0]
+    lines = [f"{config.name}: {_head(plan, first)}"]
+    lines += [f"  {config.question}"] if config.question else []
+    lines += ["", *_factors(config)]
+    for item in plan.fidelities:
+        lines.append("")
+        if item.name != FULL or len(plan.fidelities) > 1:
+            lines.append(f"fidelity {item.name}: {_fidelity(plan, item)}")
+        lines += _cells(plan, item, gpu_memory, workers)
+    lines += ["", *_meaning(plan.sample, workers)]
+    lines += ["", *(f"NOTE: {note}" for note in plan.notes), *_in_all(plan)]
+    return "\n".join(lines)
+
+
+def _head(plan: StudyPlan, first: FidelityPlan) -> str:
+    config = plan.study.config
+    if config.design == "search":
+        return f"a search, {_count_of(first.trials, 'trial')}" + (" at the first fidelity" if config.fidelities else "")
+    words = f"{_count_of(first.tried, 'cell')} x {_count_of(len(config.seeds), 'seed')} = "
+    return words + _count_of(first.trials, "trial")
+
+
+def _fidelity(plan: StudyPlan, item: FidelityPlan) -> str:
+    fields = plan.study.config.fidelities.get(item.name, {})
+    what = ", ".join(f"{path} {value}" for path, value in fields.items()) or "the run as it is"
+    trials = _count_of(item.trials, "trial")
+    if item is plan.fidelities[0]:
+        return f"{what}; {trials}"
+    return (
+        f"{what}; the best {_count_of(item.tried, 'cell')} of the one before go on to it: {trials}, with a control more"
+    )
+
+
+def _factors(config: StudyConfig) -> list[str]:
+    lines = []
+    for path, levels in config.factors.items():
+        if isinstance(levels, Range):
+            kind = "whole numbers" if levels.whole else "numbers"
+            what = f"{kind} from {levels.low:g} to {levels.high:g}" + (", on a logarithmic scale" if levels.log else "")
+        else:
+            what = " | ".join(levels)
+        needed = config.when.get(path)
+        lines.append(f"  {path}: {what}" + (f"; only where {in_words(needed)}" if needed else ""))
+    if config.design == "search":
+        search = config.search
+        lines.append(
+            f"  proposed by {search.sampler}, pruned by {search.pruner} at {_shares(config)} of the last stage"
+        )
+    return lines
+
+
+def _shares(config: StudyConfig) -> str:
+    return ", ".join(f"{share:g}" for share in config.rungs) or "no rung"
+
+
+def _cells(plan: StudyPlan, item: FidelityPlan, gpu_memory: float | None, workers: int) -> list[str]:
+    cells, skipped = item.cells.cells, item.cells.skipped
+    rows = [(cell.label, cell.plan) for cell in cells]
+    if plan.study.config.design == "search" and len(rows) > MOST_ROWS:
+        lines = [f"  of {len(rows) + len(skipped)} combinations that were planned {len(rows)} can work:", *_ends(rows)]
+    else:
+        lines = _table(rows, workers) if rows else ["  no cell"]
+    if gpu_memory is not None:
+        lines += _too_large(rows, gpu_memory, workers)
+    told = [f"  {left.label}: {_left_out(left)}: {reason}" for left in skipped for reason in left.reasons]
+    more = len(told) - MOST_SKIPPED
+    return lines + told[:MOST_SKIPPED] + ([f"  ... and {more} more; --json has all of them"] if more > 0 else [])
+
+
+def _left_out(item: Skipped) -> str:
+    return "CANNOT WORK" if item.by == "plan" else "left out"
+
+
+def _ends(rows: Sequence[tuple[str, RunPlan]]) -> list[str]:
+    """The least and the most of each quantity."""
+    names: dict[Planned, str] = {
+        "visual_tokens": "visual tokens",
+        "trained_parameters": "trained parameters",
+        "flops": "operations to answer",
+        "gpu_gib": "GiB of GPU",
+    }
+    lines = []
+    for name, words in names.items():
+        values = [value for _, plan in rows if (value := planned(plan, name)) is not None]
+        if values:
+            lines.append(f"    {words}: {_figure(min(values))} to {_figure(max(values))}")
+    return lines
+
+
+def _in_all(plan: StudyPlan) -> list[str]:
+    """What the study takes."""
+    trials, budget = plan.trials, plan.study.config.budget
+    exact = all(item.exact for item in plan.fidelities)
+    lines = [f"in all: {_count_of(trials, 'trial')}"]
+    if plan.flops is not None:
+        about = "" if exact else "about "
+        lines[0] += f", {about}{plan.flops:.3g} operations to train them"
+        lines.append("  (samples as above; stages that trials have in common once; no pruning, no cached features)")
+    lines += [f"  how much training that is cannot be told: {reason}" for reason in plan.unknown]
+    if budget.gpu_hours is not None:
+        lines.append(f"  no trial starts after {budget.gpu_hours:g} GPU-hours")
+    if budget.money is not None:
+        lines.append(f"  no trial starts after {budget.money:g} are spent, at {budget.price_per_gpu_hour:g} a GPU-hour")
+    return lines
+
+
+def _count_of(number: int | None, what: str) -> str:
+    if number is None:
+        return f"{what}s until the budget is spent"
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def plans_as_text(
