@@ -134,6 +134,7 @@ def test_a_study_that_an_ignore_file_names_is_refused(project, study):
 
 
 def check(project, study, tmp_path):
+    tmp_path.mkdir(exist_ok=True)
     upload, found = collect(project, MIB), sources(study)
     require(upload, found)
     upload.pack(tmp_path / "x.zip")
@@ -159,6 +160,24 @@ def test_what_a_study_names_by_a_relative_path_must_be_sent(project, study, tmp_
     else:
         with pytest.raises(ConfigError, match=says):
             check(project, study, tmp_path)
+
+
+def test_what_levels_and_fidelities_name_must_be_sent_too(project, study, tmp_path):
+    (project / "output" / "list.yaml").write_text("world")
+    levels = {"stages.s.data": {"given": "../data.yaml", "ignored": "../output/list.yaml"}}
+    change(study, factors=levels)
+    with pytest.raises(
+        ConfigError, match=r"as it is sent the study cannot be read: .*project/studies/\.\./output/list"
+    ):
+        check(project, study, tmp_path / "a")
+    fields = {"stages.s.data": {"name": "llava", "file": "few.json"}}
+    change(study, factors=STUDY["factors"], fidelities={"small": fields, "full": {}})
+    with pytest.raises(ConfigError, match=r"stages\.0\.data\.0\.file: '.*studies/few\.json' does not exist"):
+        check(project, study, tmp_path / "b")
+    change(study, fidelities={}, factors={"vision.adaptor": ["mlp"]})
+    change(project / "recipes" / "run.yaml", llm="gone")
+    with pytest.raises(ConfigError, match="no llm named 'gone'"):
+        check(project, study, tmp_path / "c")
 
 
 def test_weights_beside_the_study_are_not_sent(project, study, tmp_path):

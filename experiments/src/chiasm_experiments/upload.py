@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chiasm.config import RunConfig, include_data, parse_run
+from chiasm.config import RunConfig, include_data
 from chiasm.errors import ConfigError
 from chiasm.yamlfile import Document, load_yaml
 from chiasm_experiments.study.config import Study, is_study
+from chiasm_experiments.study.maker import Maker, fidelities
+from chiasm_experiments.study.space import Chosen
 
 if TYPE_CHECKING:
     from pathspec import GitIgnoreSpec
@@ -160,16 +162,43 @@ def rehearse(upload: Upload, sources: Sources, packed: Path, folder: Path) -> No
     """
     with zipfile.ZipFile(packed) as archive:
         archive.extractall(folder)
-    here, there = Study(sources.file), Study(folder / sources.file.relative_to(upload.root))
-    for name, (path, moved) in _relative(parse_run(_base(here)), parse_run(_base(there))).items():
-        if path.exists() and moved.exists() and moved.is_relative_to(folder):
+    here, there = _runs(Study(sources.file)), _runs(Study(folder / sources.file.relative_to(upload.root)))
+    errors = [run for run in here.values() if isinstance(run, ConfigError)]
+    if len(errors) == len(here):
+        raise errors[0]
+    for key, run in here.items():
+        if isinstance(run, ConfigError):  # no run without other levels; the job will say if there is none at all
             continue
-        if path.exists() and path.is_relative_to(upload.root):
-            raise _unsent(name, path)
-        why = f"is outside of {str(upload.root)!r}, which is sent" if path.exists() else "does not exist"
-        raise ConfigError(
-            f"{name}: {str(path)!r} {why}; name by an absolute path what stands in a folder that all nodes share"
-        )
+        sent = there[key]
+        if isinstance(sent, ConfigError):
+            raise ConfigError(
+                f"as it is sent the study cannot be read: {str(sent).replace(str(folder), str(upload.root))}"
+            )
+        for name, (path, moved) in _relative(run, sent).items():
+            if path.exists() and moved.exists() and moved.is_relative_to(folder):
+                continue
+            if path.exists() and path.is_relative_to(upload.root):
+                raise _unsent(name, path)
+            why = f"is outside of {str(upload.root)!r}, which is sent" if path.exists() else "does not exist"
+            raise ConfigError(
+                f"{name}: {str(path)!r} {why}; name by an absolute path what stands in a folder that all nodes share"
+            )
+
+
+def _runs(study: Study) -> dict[tuple[str, ...], RunConfig | ConfigError]:
+    """The base run at each fidelity, and with each level by itself, or why there is no such run."""
+    found: dict[tuple[str, ...], RunConfig | ConfigError] = {}
+    changes: list[Chosen] = [{}]
+    changes += [{path: label} for path, levels in study.config.varied.items() for label in levels]
+    for fidelity in fidelities(study):
+        maker = Maker(study, fidelity)
+        for chosen in changes:
+            try:
+                run: RunConfig | ConfigError = maker.run(chosen)
+            except ConfigError as error:
+                run = error
+            found[fidelity, *chosen, *map(str, chosen.values())] = run
+    return found
 
 
 def _base(study: Study) -> Document:

@@ -135,11 +135,12 @@ def _execute(
     cache = decide(vlm, run, job.execution, mixtures, in_study, workers, partial(make_feed, vlm, run, None))
     feed = make_feed(vlm, run, warm.memo if loaders == 0 and cache.allowed else None, cache.store, cache.share)
     kept = any(features.memo is not None or features.shelf is not None for features in feed.features)
-    compiled = compile_model(vlm, job.execution.compile, workers.device, _steps(run, mixtures), live=not kept)
+    steps = _steps(run, mixtures)
+    compiled = compile_model(vlm, job.execution.compile, workers.device, sum(steps.values()), live=not kept)
     for stage, mixture in zip(run.stages, mixtures, strict=True):
         check_stage(stage, feed, mixture)
     benchmarks = load_benchmarks(run.evaluate)
-    manifest = _begin(job, run, vlm, workers, {"name": strategy.name, "why": why}, cache)
+    manifest = _begin(job, run, vlm, workers, {"name": strategy.name, "why": why}, cache, steps)
     manifest["compiled"] = compiled
     if workers.first:
         listeners.tell("chiasm_run_started", folder=folder, manifest=manifest)
@@ -275,17 +276,23 @@ def _earlier(run: RunConfig, folder: Path, *, pruned: bool) -> dict[str, Any] | 
     return None
 
 
-def _steps(run: RunConfig, mixtures: list[Mixture]) -> int:
-    """Optimiser steps of all stages."""
+def _steps(run: RunConfig, mixtures: list[Mixture]) -> dict[str, int]:
+    """Optimiser steps of each stage."""
     pairs = zip(run.stages, mixtures, strict=True)
-    return sum(
-        stage.steps or Order(len(mixture), stage.batch_size, run.seed, i).steps(stage.epochs)
+    return {
+        stage.name: stage.steps or Order(len(mixture), stage.batch_size, run.seed, i).steps(stage.epochs)
         for i, (stage, mixture) in enumerate(pairs)
-    )
+    }
 
 
 def _begin(
-    job: Job, run: RunConfig, vlm: VLM, workers: Workers, strategy: dict[str, str], cache: CacheDecision
+    job: Job,
+    run: RunConfig,
+    vlm: VLM,
+    workers: Workers,
+    strategy: dict[str, str],
+    cache: CacheDecision,
+    steps: dict[str, int],
 ) -> dict[str, Any]:
     """The manifest as it stands before training."""
     vlm.set_trained(run.trained)
@@ -298,6 +305,7 @@ def _begin(
         "run": run.model_dump(mode="json"),
         "workers": workers.size,
         "strategy": strategy,
+        "steps": steps,
         "visual_tokens": vlm.views.most_tokens,
         "training": overview(vlm, run, workers.device),
         "cache": cache.told,
