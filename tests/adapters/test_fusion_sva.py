@@ -77,6 +77,14 @@ def test_a_query_sees_its_own_cell_alone(formulas, rng):
     assert [n for n in range(6) if moved[n] > 0] == [2]
 
 
+def test_queries_start_as_stated():
+    torch.manual_seed(0)
+    queries = Sva(SvaConfig(grid=(12, 12), depth=1, width=64, heads=1), [ONE, ODD], 9).queries
+    assert queries.shape == (144, 64)
+    assert queries.std().item() == pytest.approx(64**-0.5, rel=0.03)
+    assert queries.mean().item() == pytest.approx(0, abs=4e-3)
+
+
 def test_spec_and_what_it_refuses():
     assert Sva.spec(SvaConfig(), [ONE, ODD], 9) == SequenceSpec(576, 1024, (24, 24))
     assert Sva.spec(SvaConfig(grid=(2, 3), width=32), [COARSE, ODD], 9) == SequenceSpec(6, 32, (2, 3))

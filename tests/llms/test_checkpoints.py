@@ -9,7 +9,10 @@ from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers, processors
 from transformers import AutoTokenizer
 
+from chiasm.config import TokensConfig
 from chiasm.errors import CheckpointError, ConfigError
+from chiasm.prompt import IGNORE, PromptBuilder
+from chiasm.sample import Sample, Turn
 from chiasm_llms.byte_tokenizer import byte_tokenizer
 from chiasm_llms.causal import CausalLM
 from chiasm_llms.mistral import MistralLM
@@ -171,6 +174,28 @@ def test_template_that_refuses_a_role(tmp_path: Path, zoo: Any) -> None:
     (tmp_path / "model" / "chat_template.jinja").write_text(refusing)
     with pytest.raises(ValueError, match=r"refuses messages of roles \['system'\]: user first"):
         build(folder).render_chat([{"role": "system", "content": "x"}], generate=True)
+    builder = PromptBuilder(build(folder), TokensConfig(turns="template"), 1, "Be kind.")
+    with pytest.raises(ConfigError, match=r"'one'.*user first; set `system` to '', or set tokens\.turns"):
+        builder.ask(Sample("one", (Turn("?"),)), 1)
+
+
+def test_template_that_writes_the_system_message_into_the_last_question(tmp_path: Path, zoo: Any) -> None:
+    """As that of Mistral-7B-Instruct-v0.3 does, which drops it where an answer is last."""
+    folder = zoo.save(tmp_path / "model", zoo.random_model("llama"))
+    merging = (
+        "{{ bos_token }}{% if messages[0].role == 'system' %}{% set first = messages[0].content %}"
+        "{% set rest = messages[1:] %}{% else %}{% set rest = messages %}{% endif %}{% for message in rest %}"
+        "{% if message.role == 'user' %}[INST]{% if loop.last and first is defined %}{{ first }}\n\n{% endif %}"
+        "{{ message.content }}[/INST]{% else %}{{ message.content }}{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    (tmp_path / "model" / "chat_template.jinja").write_text(merging)
+    llm = build(folder)
+    tokens, dialogue = TokensConfig(turns="template"), (Turn("?", "a"), Turn("!", "b"))
+    with pytest.raises(ConfigError, match=r"'one'.*the system message 0 times.*set `system` to ''"):
+        PromptBuilder(llm, tokens, 1, "Be kind.").train(Sample("one", dialogue))
+    prompt = PromptBuilder(llm, tokens, 1, "").train(Sample("one", dialogue))
+    assert bytes(prompt.ids[1:10]) == b"[INST]?[/"
+    assert [label for label in prompt.labels if label != IGNORE] == [ord("a"), llm.eos_id, ord("b"), llm.eos_id]
 
 
 def test_bos_that_the_tokenizer_only_names(tmp_path: Path, zoo: Any) -> None:

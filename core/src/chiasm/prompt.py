@@ -269,13 +269,16 @@ class PromptBuilder:
         # private-use characters: no template trims or escapes them, no tokenizer is asked to read them
         marks = [f"\ue000{i}\ue001" for i in range(len(contents))]
         messages = [Message(role=role, content=mark) for (role, _), mark in zip(contents, marks, strict=True)]  # type: ignore[typeddict-item]
-        rest = self.llm.render_chat(messages, generate=sample.turns[-1].answer is None)
+        try:
+            rest = self.llm.render_chat(messages, generate=sample.turns[-1].answer is None)
+        except ValueError as error:
+            raise ConfigError(f"sample {sample.id!r}: {error}; {_remedy(contents[0][0])}") from error
         pieces = []
         for mark, (role, _) in zip(marks, contents, strict=True):
             if rest.count(mark) != 1:
                 raise ConfigError(
-                    f"the chat template of {type(self.llm).__name__} writes the {role} message {rest.count(mark)} "
-                    "times, so its answers cannot be found; set tokens.turns to [USER, BOT]"
+                    f"sample {sample.id!r}: the chat template of {type(self.llm).__name__} writes the {role} message "
+                    f"{rest.count(mark)} times where it was to stand, so answers cannot be found; {_remedy(role)}"
                 )
             before, rest = rest.split(mark)
             pieces.append(before)
@@ -324,7 +327,7 @@ class PromptBuilder:
             DataError: the sample's name and the turn.
         """
         template = self.tokens.turns == "template"
-        ends = {self.llm.bos_id, self.llm.eos_id} | (self._turn_marks() if template else set())
+        ends = {self.llm.bos_id, self.llm.eos_id} | (self._turn_marks(sample) if template else set())
         for i, turn in enumerate(sample.turns):
             for what, text in (("question", turn.question), ("answer", turn.answer or "")):
                 if not ends.isdisjoint(self._ids(text)):
@@ -338,10 +341,10 @@ class PromptBuilder:
                     "put the marker into a question"
                 )
 
-    def _turn_marks(self) -> set[int]:
+    def _turn_marks(self, sample: Sample) -> set[int]:
         """The special tokens that the chat template writes around messages."""
         if self._marks is None:
-            probe = Sample("", (Turn("?", "!"),))
+            probe = Sample(sample.id, (Turn("?", "!"),))
             ids = [token for piece in self._template_pieces(probe) for token in self._ids(piece)]
             self._marks = set(ids) & self.llm.special_ids
         return self._marks
@@ -360,6 +363,11 @@ class PromptBuilder:
 
     def _ids(self, text: str) -> list[int]:
         return self.llm.tokenize(text) if text else []
+
+
+def _remedy(role: str) -> str:
+    """What to do about a message of a role that a chat template does not take."""
+    return ("set `system` to '', or " if role == "system" else "") + "set tokens.turns to [USER, BOT]"
 
 
 def _check_mask(prompt: Prompt, sample: Sample) -> None:
