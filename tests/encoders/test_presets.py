@@ -42,6 +42,34 @@ OMNIFUSION = {
     "siglip-b-512": (1024, 12, 768),
     "internvit-6b-448": (1024, 45, 3200),
 }
+# what else the config.json of each hub id states
+SIGLIP = {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
+DINOV2 = {"model_type": "dinov2", "hidden_act": "gelu", "layer_norm_eps": 1e-6, "mlp_ratio": 4, "use_swiglu_ffn": False}
+REGISTERS = DINOV2 | {"model_type": "dinov2_with_registers", "num_register_tokens": 4}
+INTERN = {"hidden_act": "gelu", "layer_norm_eps": 1e-6, "use_absolute_position_embeddings": True}
+DINOV3 = {"hidden_act": "gelu", "layer_norm_eps": 1e-5, "num_register_tokens": 4, "use_gated_mlp": False}
+DINOV3 |= {"query_bias": True, "key_bias": False, "value_bias": True, "proj_bias": True, "mlp_bias": True}
+DINOV3 |= {"rope_theta": 100.0, "layerscale_value": 1.0, "patch_size": 16}
+STATED = {
+    "clip-l-336": {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "intermediate_size": 4096, "patch_size": 14},
+    "clip-bigg-224": {"hidden_act": "gelu", "layer_norm_eps": 1e-5, "intermediate_size": 8192, "patch_size": 14},
+    "siglip-b-512": SIGLIP | {"intermediate_size": 3072, "patch_size": 16},
+    "siglip-so400m-384": SIGLIP | {"intermediate_size": 4304, "patch_size": 14},
+    "siglip2-b-512": SIGLIP | {"intermediate_size": 3072, "patch_size": 16},
+    "siglip2-so400m-384": SIGLIP | {"intermediate_size": 4304, "patch_size": 14},
+    "internvit-300m-448": INTERN
+    | {"norm_type": "layer_norm", "attention_bias": True, "use_qk_norm": False, "intermediate_size": 4096},
+    "internvit-6b-448": INTERN
+    | {"norm_type": "rms_norm", "attention_bias": False, "use_qk_norm": True, "intermediate_size": 12800},
+    "dinov2-b": DINOV2,
+    "dinov2-l": DINOV2,
+    "dinov2-g": DINOV2 | {"use_swiglu_ffn": True},
+    "dinov2-b-reg": REGISTERS,
+    "dinov2-l-reg": REGISTERS,
+    "dinov2-g-reg": REGISTERS | {"use_swiglu_ffn": True},
+    "dinov3-b": DINOV3 | {"intermediate_size": 3072},
+    "dinov3-l": DINOV3 | {"intermediate_size": 4096},
+}
 each_preset = pytest.mark.parametrize("name", GEOMETRY)
 
 
@@ -78,6 +106,14 @@ def test_the_geometry_is_known_without_network(name, monkeypatch):
     )
     tap = cls.spec(cls.Config(layers=-2))
     assert tap.parameters < spec.parameters
+
+
+@each_preset
+def test_the_architecture_is_the_published_one_in_all_that_has_no_shape(name):
+    """An activation or an epsilon changes no parameter, and every feature."""
+    cls = CLASSES[name]
+    architecture = cls._architecture(cls.Config(pretrained=None))[1].to_dict()
+    assert {field: architecture[field] for field in STATED[name]} == STATED[name]
 
 
 @pytest.mark.parametrize("name", OMNIFUSION)
