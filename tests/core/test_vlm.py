@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from chiasm.batch import collate
+from chiasm.batch import collate, in_one_piece
 from chiasm.config import PARTS, TokensConfig
 from chiasm.features import Features
 from chiasm.prompt import IGNORE, Position, PromptBuilder
@@ -152,3 +153,37 @@ def test_answers_in_a_batch_equal_answers_alone(make_vlm):
 def test_features_must_fit_their_grid():
     with pytest.raises(ValueError, match=r"features of shape \(1, 1, 5, 3\) do not fit the grid \(2, 2\)"):
         Features(torch.zeros(1, 1, 5, 3), (2, 2))
+
+
+def test_what_a_gpu_is_sent_in_one_piece_is_what_a_batch_holds(make_vlm):
+    vlm = make_vlm()
+    batch = collate(prompts(vlm, IMAGE, TEXT, TWO), [torch.randn(3, 3, 8, 8)], pad="packed")
+    tensors = [batch.ids_BT, batch.documents.bounds_P, batch.supervised_S]
+    whole = in_one_piece(tensors, pin=False)
+    assert whole.dtype == torch.int64
+    assert whole.tolist() == [value for tensor in tensors for value in tensor.flatten().tolist()]
+
+
+def test_a_batch_is_made_without_torchs_threads(make_vlm):
+    """They wait for each other where other processes keep cores busy, for what one core does in a moment."""
+    vlm = make_vlm()
+    rows = [prompt.row() for prompt in prompts(vlm, IMAGE, TEXT, TWO)]
+    with Operations() as ran:
+        collate(rows, [torch.randn(3, 3, 8, 8)])
+        collate(rows, [torch.randn(3, 3, 8, 8)], pad="packed")
+    assert ran.names <= {"randn", "unbind", "detach", "alias", "unsqueeze", "_to_copy", "lift_fresh"}
+    with Operations() as ran:
+        torch.zeros(2) + 1
+    assert ran.names == {"zeros", "add"}
+
+
+class Operations(TorchDispatchMode):
+    """The names of the operations that torch runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **kwargs or {})

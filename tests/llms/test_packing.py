@@ -6,11 +6,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from chiasm.batch import collate
+from chiasm.config import TokensConfig
 from chiasm.documents import Documents
-from chiasm.prompt import IGNORE, Position, Prompt
+from chiasm.prompt import IGNORE, Position, Prompt, PromptBuilder
+from chiasm.sample import Sample, Turn
+from chiasm.vlm import VLM
+from chiasm_adapters.mlp import Mlp
+from chiasm_adapters.single import Single
+from chiasm_encoders.clip import ClipEncoder
 from chiasm_llms import packing
 from chiasm_llms.causal import CausalLM
 
@@ -130,3 +138,82 @@ def test_packed_batches_hold_what_padded_ones_hold():
     assert one.mask_BT.sum() == padded.mask_BT.sum() == 82
     assert one.targets_S.tolist() == padded.targets_S.tolist()
     assert one.supervised_S.tolist() == [0, 1, *range(3, 72), *range(73, 81)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_without_a_mask_have_the_states_that_transformers_gives_them(zoo, family):
+    llm = load(zoo, family)
+    assert llm._unmasked
+    rows = torch.randint(0, 256, (3, 20), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        ours = llm.logits(llm(llm.embed(rows)))
+        llm.model.set_attn_implementation("sdpa")
+        theirs = llm.model(input_ids=rows, use_cache=False).logits
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+
+
+def test_rows_longer_than_a_window_see_no_further(zoo):
+    llm = load(zoo, "mistral")
+    query = torch.randn(2, 4, 9, 8)
+    key, value = torch.randn(2, 2, 2, 9, 8)
+    unused = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+    layer = llm.block_modules()[0].self_attn
+    output, _ = packing.document_attention(layer, query, key, value, unused, scaling=0.5, sliding_window=4)
+    for place in range(9):
+        seen = slice(max(0, place - 3), place + 1)
+        keys, values = (x[:, :, seen].repeat_interleave(2, dim=1) for x in (key, value))
+        weights = (query[:, :, place : place + 1] @ keys.mT * 0.5).softmax(-1)
+        torch.testing.assert_close(output[:, place], (weights @ values)[:, :, 0], rtol=0, atol=1e-5)
+
+
+class Blank:
+    """A white image."""
+
+    key = "blank"
+
+    def load(self) -> Image.Image:
+        return Image.new("RGB", (16, 16), "white")
+
+
+class Asked(TorchDispatchMode):
+    """Notes what a device would have to answer before the host could go on."""
+
+    QUESTIONS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        masks = name.startswith("index") and any(
+            isinstance(item, Tensor) and item.dtype == torch.bool
+            for item in (args[1] if isinstance(args[1], list | tuple) else args[1:2])
+        )
+        if name in self.QUESTIONS or name.startswith("_unique") or masks:
+            self.found.append(name)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("pad", ["right", "packed"])
+def test_a_step_asks_the_device_for_nothing(zoo, pad):
+    """Forward and backward pass of a whole model, with images, padding and what learns before the language model."""
+    llm = load(zoo, "llama")
+    encoder = ClipEncoder.tiny()
+    fusion = Single(Single.Config(), [encoder.geometry.features], llm.geometry.width)
+    vlm = VLM([encoder], fusion, Mlp(Mlp.Config(), fusion.out, llm.geometry.width), llm)
+    vlm.set_trained(("fusion", "adapter", "tokens"))
+    samples = [
+        Sample("a", (Turn("what?", "this"),), (Blank(), Blank())),
+        Sample("b", (Turn("who?", "that one"),)),
+    ]
+    builder = PromptBuilder(llm, TokensConfig(), vlm.visual_tokens, "")
+    images = [image.load() for image in samples[0].images]
+    batch = collate([builder.train(sample) for sample in samples], [encoder.preprocess(images)], pad=pad)
+    with Asked() as asked:
+        loss, _ = vlm(batch)
+        loss.backward()
+    assert asked.found == []
+    with Asked() as asked:
+        assert loss.item() > 0
+    assert asked.found == ["_local_scalar_dense"]

@@ -1,7 +1,7 @@
 """Batches: prompts padded to one length or packed into one row, with the pixels or the features of their images.
 
 Shape letters: B sequences, T positions, I views of all images of the batch in reading order, H and W pixels,
-X visual tokens of the batch, S supervised positions.
+X visual, Y text and Z learned positions of the batch, S supervised positions.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,6 +42,7 @@ class Batch:
         sample_ids: for messages.
         documents: of a packed batch, whose B is 1; None: each row is one sequence.
         visual_X: int64; the places of visual tokens in the batch as one long row, in order.
+        text_Y, learned_Z: int64; those of text and of learned vectors, likewise.
         supervised_S: int64; the places whose next one is supervised, likewise.
         targets_S: int64; the ids that belong there.
         padded_left: whether padding stands before a sequence somewhere.
@@ -54,6 +56,8 @@ class Batch:
     sample_ids: tuple[str, ...] = ()
     documents: Documents | None = None
     visual_X: Tensor = field(default=None)  # type: ignore[assignment]
+    text_Y: Tensor = field(default=None)  # type: ignore[assignment]
+    learned_Z: Tensor = field(default=None)  # type: ignore[assignment]
     supervised_S: Tensor = field(default=None)  # type: ignore[assignment]
     targets_S: Tensor = field(default=None)  # type: ignore[assignment]
     padded_left: bool = field(default=None)  # type: ignore[assignment]
@@ -61,34 +65,40 @@ class Batch:
     def __post_init__(self) -> None:
         if self.visual_X is not None:
             return
-        length = self.ids_BT.shape[1]
-        rows_S, columns_S = (self.labels_BT[:, 1:] != IGNORE).nonzero(as_tuple=True)
-        real_BT = self.mask_BT
-        derived = {
-            "visual_X": (self.kinds_BT.flatten() == Position.VISUAL).nonzero().squeeze(1),
-            "supervised_S": rows_S * length + columns_S,
-            "targets_S": self.labels_BT[:, 1:][rows_S, columns_S],
-            "padded_left": self.documents is None and bool((real_BT[:, 1:] > real_BT[:, :-1]).any()),
+        # by numpy, as torch would have all cores share what takes a moment, and wait for those that are busy
+        kinds_BT, labels_BT = self.kinds_BT.numpy(force=True), self.labels_BT.numpy(force=True)
+        real_BT = kinds_BT != Position.PAD
+        rows_S, columns_S = np.nonzero(labels_BT[:, 1:] != IGNORE)
+        derived: dict[str, Any] = {
+            "visual_X": np.flatnonzero(kinds_BT == Position.VISUAL),
+            "text_Y": np.flatnonzero(kinds_BT == Position.TEXT),
+            "learned_Z": np.flatnonzero(kinds_BT == Position.LEARNED),
+            "supervised_S": rows_S * kinds_BT.shape[1] + columns_S,
+            "targets_S": labels_BT[rows_S, columns_S + 1],
         }
         for name, value in derived.items():
-            object.__setattr__(self, name, value)
+            object.__setattr__(self, name, torch.from_numpy(value).to(self.ids_BT.device))
+        padded_left = self.documents is None and bool((real_BT[:, 1:] > real_BT[:, :-1]).any())
+        object.__setattr__(self, "padded_left", padded_left)
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on a device."""
+        """The same batch on a device; a GPU fetches it without holding the host up."""
         vision = tuple(
             Features(item.tokens.to(device, non_blocking=True), item.grid)
             if isinstance(item, Features)
             else item.to(device, non_blocking=True)
             for item in self.vision
         )
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in _TENSORS}
-        documents = None if self.documents is None else self.documents.to(device)
-        return replace(self, vision=vision, documents=documents, **moved)
-
-    def pinned(self) -> Batch:
-        """The same batch with its positions in pinned memory, which a GPU fetches without holding the host up."""
-        documents = None if self.documents is None else self.documents.pinned()
-        return replace(self, documents=documents, **{name: getattr(self, name).pin_memory() for name in _TENSORS})
+        tensors = [getattr(self, name) for name in _TENSORS]
+        documents = self.documents
+        if documents is not None:
+            tensors += [documents.positions_1T, documents.bounds_P]
+        moved = together(tensors, torch.device(device))
+        if documents is not None:
+            *moved, positions_1T, bounds_P = moved
+            documents = replace(documents, positions_1T=positions_1T, bounds_P=bounds_P.to(torch.int32))
+        placed: dict[str, Any] = dict(zip(_TENSORS, moved, strict=True))
+        return replace(self, vision=vision, documents=documents, **placed)
 
     @property
     def mask_BT(self) -> Tensor:
@@ -96,7 +106,23 @@ class Batch:
         return self.kinds_BT != Position.PAD
 
 
-_TENSORS = ("ids_BT", "kinds_BT", "labels_BT", "visual_X", "supervised_S", "targets_S")
+_TENSORS = ("ids_BT", "kinds_BT", "labels_BT", "visual_X", "text_Y", "learned_Z", "supervised_S", "targets_S")
+
+
+def together(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Integer tensors of any shapes on a device; what a GPU is sent from the CPU goes in one piece, as int64."""
+    if device.type != "cuda" or any(tensor.device.type != "cpu" for tensor in tensors):
+        return [tensor.to(device) for tensor in tensors]
+    whole = in_one_piece(tensors, pin=True).to(device, non_blocking=True)
+    parts = torch.split(whole, [tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def in_one_piece(tensors: Sequence[Tensor], *, pin: bool) -> Tensor:
+    """Integer tensors on the CPU one behind the other, int64; `pin` puts them where a GPU fetches them by itself."""
+    whole = torch.empty(sum(tensor.numel() for tensor in tensors), dtype=torch.int64, pin_memory=pin)
+    np.concatenate([tensor.numpy().reshape(-1) for tensor in tensors], out=whole.numpy())
+    return whole
 
 
 def collate(
@@ -119,14 +145,13 @@ def collate(
         longest = max(lengths)
         places = [(i, longest - length if pad == "left" else 0) for i, length in enumerate(lengths)]
         size = (len(rows), longest)
-    ids_BT, kinds_BT = torch.zeros(size, dtype=torch.int64), torch.full(size, int(Position.PAD))
-    labels_BT = torch.full(size, IGNORE)
+    values_3BT = np.empty((3, *size), dtype=np.int64)
+    values_3BT[:] = np.array([0, Position.PAD, IGNORE]).reshape(3, 1, 1)
     for row, (i, start) in zip(rows, places, strict=True):
-        end = start + len(row)
-        for values_BT, value_T in zip((ids_BT, kinds_BT, labels_BT), row.values_3T, strict=True):
-            values_BT[i, start:end] = value_T
+        values_3BT[:, i, start : start + len(row)] = row.values_3T.numpy()
         # nothing precedes a sequence's first position, in a packed row neither
-        labels_BT[i, start] = IGNORE
+        values_3BT[2, i, start] = IGNORE
+    ids_BT, kinds_BT, labels_BT = torch.from_numpy(values_3BT)
     return Batch(
         ids_BT=ids_BT,
         kinds_BT=kinds_BT,

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,15 +32,12 @@ class Documents:
     @classmethod
     def of(cls, lengths: Sequence[int]) -> Documents:
         """Documents of these lengths, one after the other."""
-        bounds_P = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-        positions_1T = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0)
-        return cls(tuple(lengths), bounds_P, positions_1T, 1 << (max(lengths) - 1).bit_length())
+        bounds_P = np.cumsum([0, *lengths], dtype=np.int32)
+        positions_T = np.concatenate([np.arange(length, dtype=np.int64) for length in lengths])
+        longest = 1 << (max(lengths) - 1).bit_length()
+        return cls(tuple(lengths), torch.from_numpy(bounds_P), torch.from_numpy(positions_T).unsqueeze(0), longest)
 
     def to(self, device: torch.device | str) -> Documents:
         """The same documents on a device."""
         bounds_P, positions_1T = (x.to(device, non_blocking=True) for x in (self.bounds_P, self.positions_1T))
         return replace(self, bounds_P=bounds_P, positions_1T=positions_1T)
-
-    def pinned(self) -> Documents:
-        """The same documents in pinned memory."""
-        return replace(self, bounds_P=self.bounds_P.pin_memory(), positions_1T=self.positions_1T.pin_memory())

@@ -24,7 +24,6 @@ from chiasm.errors import ConfigError
 from chiasm.features import Features
 from chiasm.fusion import Fusion
 from chiasm.llm import FIXED_LLM, LanguageModel
-from chiasm.prompt import Position
 from chiasm.views import Views, pool_tokens
 
 LOGITS = 2**28
@@ -173,27 +172,29 @@ class VLM(nn.Module):
         Raises:
             ValueError: the places for visual tokens and the images of the batch disagree in number.
         """
-        kinds_BT1 = batch.kinds_BT.unsqueeze(-1)
-        embeds_BTE = self.llm.embed(batch.ids_BT.where(batch.kinds_BT == Position.TEXT, 0))
-        dtype = embeds_BTE.dtype
-        embeds_BTE = embeds_BTE.masked_fill(kinds_BT1 == Position.PAD, 0)
-        learned_BTE = F.embedding(batch.ids_BT.where(batch.kinds_BT == Position.LEARNED, 0), self.tokens.vectors)
-        embeds_BTE = torch.where(kinds_BT1 == Position.LEARNED, learned_BTE.to(dtype), embeds_BTE)
-        places = len(batch.visual_X)
-        if not batch.vision:
-            if places:
-                raise ValueError(f"the batch has {places} places for visual tokens and no image")
-            return self._with_graph(embeds_BTE)
-        visual_INE = self.see(batch.vision)
-        visual_XE = self._in_sequence(visual_INE, batch.view_tokens)
-        if places != len(visual_XE):
-            raise ValueError(
-                f"the batch has {places} places for visual tokens, its {len(visual_INE)} views of images have "
-                f"{len(visual_XE)}"
-            )
-        # out of place, so that the embeddings of a frozen language model need no graph of their own; by index and not
-        # by mask, for whose backward pass a GPU is asked how many places there are
-        return embeds_BTE.flatten(0, 1).index_copy(0, batch.visual_X, visual_XE.to(dtype)).view_as(embeds_BTE)
+        ids = batch.ids_BT.flatten()
+        text_YE = self.llm.embed(ids.index_select(0, batch.text_Y))
+        learned_ZE = F.embedding(ids.index_select(0, batch.learned_Z), self.tokens.vectors).to(text_YE.dtype)
+        places, rows = [batch.text_Y, batch.learned_Z], [text_YE, learned_ZE]
+        wanted = len(batch.visual_X)
+        if batch.vision:
+            visual_INE = self.see(batch.vision)
+            visual_XE = self._in_sequence(visual_INE, batch.view_tokens)
+            if wanted != len(visual_XE):
+                raise ValueError(
+                    f"the batch has {wanted} places for visual tokens, its {len(visual_INE)} views of images have "
+                    f"{len(visual_XE)}"
+                )
+            places.append(batch.visual_X)
+            rows.append(visual_XE.to(text_YE.dtype))
+        elif wanted:
+            raise ValueError(f"the batch has {wanted} places for visual tokens and no image")
+        embeds = text_YE.new_zeros(len(ids), text_YE.shape[-1])
+        # all at once and out of place, so that the embeddings of a frozen language model need no graph of their own; by
+        # index and not by mask, for whose backward pass a GPU is asked how many places there are
+        embeds = embeds.index_copy(0, torch.cat(places), torch.cat(rows))
+        embeds_BTE = embeds.view(*batch.ids_BT.shape, -1)
+        return embeds_BTE if batch.vision else self._with_graph(embeds_BTE)
 
     # what comes out
 

@@ -131,8 +131,7 @@ class Feed:
 
     def batch(self, examples: Sequence[Example], device: torch.device, *, pad: Padding = "right") -> Batch:
         """Examples as one batch on the device, padded or packed as `collate` says."""
-        batch = collate([example.prompt for example in examples], self.vision(examples, device), pad=pad)
-        return (batch.pinned() if device.type == "cuda" else batch).to(device)
+        return collate([example.prompt for example in examples], self.vision(examples, device), pad=pad).to(device)
 
     def vision(self, examples: Sequence[Example], device: torch.device) -> list[Tensor | Features]:
         """For each encoder the pixels or the features of all images of the examples, on the device."""

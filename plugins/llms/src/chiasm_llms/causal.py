@@ -28,7 +28,7 @@ from chiasm_llms.checkpoint import has_chat_template, load_tokenizer, load_weigh
 from chiasm_llms.geometry import geometry, random_weights
 from chiasm_llms.lora import add_lora
 from chiasm_llms.memory import activation_bytes
-from chiasm_llms.packing import decode_packed, offer_packing
+from chiasm_llms.packing import decode_packed, decode_unmasked, decodes_unmasked, offer_packing
 from chiasm_llms.presets import BY_SOURCE
 from chiasm_llms.quantization import quantization
 from chiasm_llms.settings import CausalConfig, Shape
@@ -69,6 +69,7 @@ class CausalLM(LanguageModel):
         self.tokenizer = tokenizer
         self._learned = learned
         self._packs = offer_packing(model)
+        self._unmasked = self._packs and decodes_unmasked(model)
         self._compiled = False
         # a checkpoint's temperature, penalties and lengths would leak into generate()
         self.model.generation_config = GenerationConfig()
@@ -264,6 +265,8 @@ class CausalLM(LanguageModel):
             positions_BT = (mask_BT.long().cumsum(-1) - 1).clamp(min=0)
         elif positions_BT is None:
             # causal attention never looks at padding behind it, and without a mask the faster kernels apply
+            if self._unmasked:
+                return decode_unmasked(self.model.get_decoder(), embeds_BTE)
             mask_BT = None
         elif mask_BT is None:
             # without a mask transformers takes positions that start again for packed documents

@@ -1,7 +1,7 @@
 """Attention within the documents of a packed row, for the models of transformers.
 
 Registered as an attention of transformers' own, under `NAME`: with documents each attends to itself alone, without any
-it is transformers' scaled dot-product attention.
+it is transformers' scaled dot-product attention, a mask of one element standing for none.
 
 Shape letters: H heads of queries, K heads of keys and values, T positions of a packed row, d width of a head.
 """
@@ -57,12 +57,14 @@ def document_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it: `[B, H, T, d]` and `[B, K, T, d]` to `[B, T, H, d]`."""
+    window = kwargs.get("sliding_window")
     if documents is None:
+        if attention_mask is not None and attention_mask.numel() == 1:
+            attention_mask = _window_mask(query.shape[2], window, query.device)
         output, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return output, None
-    window = kwargs.get("sliding_window")
     query_HTd, key_KTd, value_KTd = query[0], key[0], value[0]
     half = query.dtype in (torch.bfloat16, torch.float16)
     if query.is_cuda and half and not dropout:
@@ -90,11 +92,7 @@ def _one(
     query_HTd: Tensor, key_KTd: Tensor, value_KTd: Tensor, *, dropout: float, scaling: float | None, window: int | None
 ) -> Tensor:
     """Causal attention of one document, `[H, T, d]`."""
-    length, mask_TT = query_HTd.shape[1], None
-    if window is not None and length > window:
-        places_T = torch.arange(length, device=query_HTd.device)
-        back_TT = places_T[:, None] - places_T
-        mask_TT = (back_TT >= 0) & (back_TT < window)
+    mask_TT = _window_mask(query_HTd.shape[1], window, query_HTd.device)
     return F.scaled_dot_product_attention(
         query_HTd.unsqueeze(0),
         key_KTd.unsqueeze(0),
@@ -105,6 +103,18 @@ def _one(
         scale=scaling,
         enable_gqa=query_HTd.shape[0] != key_KTd.shape[0],
     ).squeeze(0)
+
+
+def _window_mask(length: int, window: int | None, device: torch.device) -> Tensor | None:
+    """`[T, T]`, True where a position sees another: itself and what stands less than a window before it.
+
+    None where that is everything before it.
+    """
+    if window is None or length <= window:
+        return None
+    places_T = torch.arange(length, device=device)
+    back_TT = places_T[:, None] - places_T
+    return (back_TT >= 0) & (back_TT < window)
 
 
 @torch.no_grad()
@@ -128,18 +138,50 @@ def _separates(model: PreTrainedModel) -> bool:
     return bool((together - alone).abs().max().item() <= loose * scale)
 
 
+@torch.no_grad()
+def decodes_unmasked(model: PreTrainedModel) -> bool:
+    """Whether `decode_unmasked` gives a model's own hidden states; asked of one that `offer_packing` has changed."""
+    kinds = getattr(model.config, "layer_types", None) or ()
+    if not set(kinds) <= {"full_attention", "sliding_attention"}:  # others are no windows, and a short row hides them
+        return False
+    decoder, table = model.get_decoder(), model.get_input_embeddings().weight
+    rows = torch.randperm(len(table), generator=torch.Generator().manual_seed(0), device="cpu")[:6]
+    embeds_BTE = table[rows.to(table.device)].view(2, 3, -1)
+    training = model.training
+    model.eval()
+    try:
+        wanted = decoder(inputs_embeds=embeds_BTE, use_cache=False).last_hidden_state
+        found = decode_unmasked(decoder, embeds_BTE)
+    except (TypeError, ValueError, RuntimeError, NotImplementedError):
+        return False
+    finally:
+        model.train(training)
+    scale = max(1.0, wanted.abs().max().item())
+    loose = 1e-4 if wanted.dtype == torch.float32 else 0.05
+    return bool((found - wanted).abs().max().item() <= loose * scale)
+
+
 def decode_packed(decoder: nn.Module, embeds_1TE: Tensor, documents: Documents) -> Tensor:
     """The hidden states `[1, T, E]` of a packed row."""
+    return _decode(decoder, embeds_1TE, documents.positions_1T, documents=documents)
+
+
+def decode_unmasked(decoder: nn.Module, embeds_BTE: Tensor) -> Tensor:
+    """The hidden states `[B, T, E]` of rows that all begin with their first position.
+
+    Without any mask transformers looks whether positions start again somewhere, and a GPU has to do all that it was
+    given before it can answer.
+    """
+    return _decode(decoder, embeds_BTE, torch.arange(embeds_BTE.shape[1], device=embeds_BTE.device).unsqueeze(0))
+
+
+def _decode(decoder: nn.Module, embeds_BTE: Tensor, positions_1T: Tensor, **kwargs: Any) -> Tensor:
     # a mask of four axes is handed on as it is; without any transformers would build one of T x T
-    unused_1111 = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=embeds_1TE.device)
-    hidden_1TE: Tensor = decoder(
-        inputs_embeds=embeds_1TE,
-        attention_mask=unused_1111,
-        position_ids=documents.positions_1T,
-        documents=documents,
-        use_cache=False,
+    unused_1111 = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=embeds_BTE.device)
+    hidden_BTE: Tensor = decoder(
+        inputs_embeds=embeds_BTE, attention_mask=unused_1111, position_ids=positions_1T, use_cache=False, **kwargs
     ).last_hidden_state
-    return hidden_1TE
+    return hidden_BTE
 
 
 AttentionInterface.register(NAME, document_attention)
