@@ -1,6 +1,7 @@
-"""The same steps on one worker and on two, each with the whole model (DDP) or with shards of it (FSDP2), give the same.
+"""The same steps on one worker, on two and on three, each with the whole model (DDP) or with shards of it (FSDP2).
 
-All work of the two workers happens in one pair of processes, which talk through gloo; each test looks at a part of it.
+All work of three workers happens in three processes, and that of two in a pair, which talk through gloo; each test
+looks at a part of it.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from chiasm_experiments.training.strategy import Alone, Replicated, Sharded
 from chiasm_experiments.training.workers import Workers
 
 CPU = torch.device("cpu")
-PATIENCE = 120
+PATIENCE = 200
 """Seconds after which the workers are taken to wait for each other."""
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 STRATEGIES = {"alone": Alone, "ddp": Replicated, "fsdp": Sharded}
@@ -72,6 +73,8 @@ CASES: dict[str, dict[str, Any]] = {
     "one sample, connector": {"train": ["adapter"], "batch_size": 1, "steps": 3},  # at times nobody has an image
 }
 """What a stage trains on how much; some names say more."""
+OF_THREE = ("all", "accumulated", "packed", "lora", "connector", "one sample")
+"""Cases that three workers train too: of five samples two have 2 and one has 1, and of two or one some have none."""
 HALF = {"bfloat16": {"train": ["adapter", "tokens"]}}
 
 
@@ -193,6 +196,35 @@ def stop_and_go_on(workers: Workers, folder) -> dict[str, Any]:
     return {name: trial.weights() for name, trial in found.items()}
 
 
+def stop_on_three(workers: Workers, folder) -> None:
+    """Stages of four steps that three workers stop after two."""
+    for strategy in ("ddp", "fsdp"):
+        Trial("all", strategy, workers, steps=4).train(folder / f"{strategy} of three", stop=2)
+
+
+def go_on_from_three(workers: Workers, folder) -> dict[str, Any]:
+    """Two workers go on where three stopped, under the other strategy."""
+    found = {}
+    for before, after in (("fsdp", "ddp"), ("ddp", "fsdp")):
+        place = folder / f"{before} of three for two"
+        if workers.first:
+            shutil.copytree(folder / f"{before} of three", place)
+        workers.barrier()
+        trial = Trial("all", after, workers, steps=4)
+        assert len(trial.train(place)) == 2 * workers.first
+        found[before] = trial.weights()
+    return found
+
+
+def connectors_and_all(workers: Workers, folder) -> dict[str, Any]:
+    """A first stage that trains the adapter alone, and a second one of the language model."""
+    found = {}
+    for strategy in ("ddp", "fsdp"):
+        trial = Trial("connector", strategy, workers)
+        found[strategy] = in_two_stages(trial)[0], trial.weights()
+    return found
+
+
 def save_and_load(workers: Workers, folder) -> dict[str, Any]:
     """Weights before they are saved, and those of another sharded model that reads them."""
     found = {}
@@ -294,45 +326,76 @@ def in_two_stages(trial: Trial) -> tuple[list[tuple[float, float]], set[str]]:
     return log, {name for name, value in trial.weights().items() if not torch.equal(value, before[name])}
 
 
-def work(rank: int, folder: Path) -> None:
-    """All that one of the two workers does."""
+WORK: dict[int, tuple[Callable[[Workers, Path], Any], ...]] = {
+    3: (stop_on_three, connectors_and_all),
+    2: (
+        stop_and_go_on,
+        go_on_from_three,
+        save_and_load,
+        answer_alone,
+        train_in_half_precision,
+        refuse_adafactor,
+        guided,
+    ),
+}
+"""What so many workers do, in this order, beside training the cases."""
+
+
+def work(rank: int, size: int, folder: Path) -> None:
+    """All that one worker of two or of three does."""
     torch.set_num_threads(1)
     wait = timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=wait)
-    workers = Workers(rank, 2, CPU)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet{size}", rank=rank, world_size=size, timeout=wait)
+    workers = Workers(rank, size, CPU)
+    cases = OF_THREE if size == 3 else CASES
     found: dict[Any, Any] = {
-        (case, strategy): learn(case, strategy, workers) for case in CASES for strategy in ("ddp", "fsdp")
+        (case, strategy): learn(case, strategy, workers) for case in cases for strategy in ("ddp", "fsdp")
     }
-    for step in (stop_and_go_on, save_and_load, answer_alone, train_in_half_precision, refuse_adafactor, guided):
+    for step in WORK[size]:
         found[step.__name__] = step(workers, folder)
     dist.destroy_process_group()
-    torch.save(found, folder / f"{rank}.pt")
+    torch.save(found, folder / f"{rank} of {size}.pt")
 
 
 def main(folder: Path) -> int:
-    """Both workers; how many failed."""
-    Trial("lora", "alone", Workers(0, 1, CPU))  # imports what both need, before they part
+    """All workers; how many failed."""
+    Trial("lora", "alone", Workers(0, 1, CPU))  # imports what all need, before they part
     context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=work, args=(rank, folder)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    return sum(process.exitcode != 0 for process in processes)
+    for size in WORK:
+        processes = [context.Process(target=work, args=(rank, size, folder)) for rank in range(size)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        if failed := sum(process.exitcode != 0 for process in processes):
+            return failed
+    return 0
 
 
 @pytest.fixture(scope="module")
-def both(request, tmp_path_factory):
-    """What the two workers found, once for all processes that run tests."""
+def found(request, tmp_path_factory):
+    """What the workers found, by how many they were, once for all processes that run tests."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "workers"
-    files = [folder / f"{rank}.pt" for rank in range(2)]
+    files = {size: [folder / f"{rank} of {size}.pt" for rank in range(size)] for size in WORK}
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             folder.mkdir()
             let_them_work(folder, lambda: request.getfixturevalue("alone"))
-    assert all(file.exists() for file in files), (folder / "errors").read_text()
-    return [torch.load(file) | {"folder": folder} for file in files]
+    assert all(file.exists() for some in files.values() for file in some), (folder / "errors").read_text()
+    return {size: [torch.load(file) | {"folder": folder} for file in some] for size, some in files.items()}
+
+
+@pytest.fixture(scope="module")
+def both(found):
+    """What the two workers found."""
+    return found[2]
+
+
+@pytest.fixture(scope="module")
+def three(found):
+    """What the three workers found."""
+    return found[3]
 
 
 def let_them_work(folder: Path, meanwhile: Callable[[], object]) -> None:
@@ -395,6 +458,38 @@ def test_two_workers_take_the_steps_of_one(both, alone, case, strategy):
         assert_close(worker[case, strategy][1], wanted)
     found, _ = both[0][case, strategy]
     assert found == [pytest.approx(step, abs=1e-5) for step in log]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("case", OF_THREE)
+def test_three_workers_with_uneven_shares_take_the_steps_of_one(three, alone, case, strategy):
+    log, wanted = alone[case]
+    for worker in three:
+        assert_close(worker[case, strategy][1], wanted)
+    assert three[0][case, strategy][0] == [pytest.approx(step, abs=1e-5) for step in log]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_three_workers_train_both_stages_as_one_does(three, strategy):
+    one = Trial("connector", "alone", Workers(0, 1, CPU))
+    wanted, changed = in_two_stages(one)
+    assert changed
+    assert all(name.startswith("llm") for name in changed)
+    for worker in three:
+        assert_close(worker["connectors_and_all"][strategy][1], one.weights())
+    assert three[0]["connectors_and_all"][strategy][0] == [pytest.approx(step, abs=1e-5) for step in wanted]
+
+
+@pytest.mark.parametrize("before", ["ddp", "fsdp"])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_fewer_workers_go_on_where_three_stopped(both, undisturbed, before, workers, tmp_path):
+    if workers == 2:
+        for worker in both:
+            assert_close(worker["go_on_from_three"][before], undisturbed)
+        return
+    one = Trial("all", "alone", Workers(0, 1, CPU), steps=4)
+    assert len(one.train(shutil.copytree(both[0]["folder"] / f"{before} of three", tmp_path / before))) == 2
+    assert_close(one.weights(), undisturbed)
 
 
 @pytest.mark.parametrize("case", ["accumulated", "packed", "recomputed"])
