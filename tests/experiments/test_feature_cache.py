@@ -17,13 +17,14 @@ from tokenizers.pre_tokenizers import Whitespace
 from chiasm.config import ImageConfig, RunConfig, TokensConfig
 from chiasm.encoder import Encoder
 from chiasm.errors import DataError
+from chiasm.features import Features
 from chiasm.image import looked_up, normalise
 from chiasm.prompt import PromptBuilder
 from chiasm.sample import ImageFile, Sample, Turn
 from chiasm.views import Views
 from chiasm_encoders.clip import ClipEncoder
 from chiasm_encoders.dinov2 import Dinov2Encoder
-from chiasm_experiments.data.features import FeatureMemo, join
+from chiasm_experiments.data.features import FeatureMemo, FrozenFeatures, Wanted, join
 from chiasm_experiments.data.feed import Feed
 from chiasm_experiments.data.loader import _Examples, _read_ahead, load_steps
 from chiasm_experiments.data.mixture import Mixture
@@ -433,3 +434,20 @@ def test_other_steps_than_chunks_come_in_order_with_their_own_pixels(make_vlm):
         assert [len(pixels) for pixels in one.pixels] == [len(pixels) for pixels in other.pixels]
         for mine, theirs in zip(one.pixels, other.pixels, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+def test_on_the_cpu_features_depend_on_no_other_image_of_their_batch():
+    """Else a run that was killed, and encodes other images together, would not end with the same bits."""
+
+    def encode(views_V3HW):  # as rounding does, only more
+        return Features(views_V3HW.mean((2, 3))[:, None, None] + len(views_V3HW), (1, 1))
+
+    images = {str(i): torch.randn(views, 3, 4, 4) for i, views in enumerate((1, 3, 1, 2))}
+    wanted = [Wanted(key, None, lambda key=key: images[key]) for key in images]
+    found = []
+    for together in (1, 2, 4):
+        features = FrozenFeatures(encode, "x", (1, 1), FeatureMemo(2**20), None)
+        parts = [wanted[first : first + together] for first in range(0, len(wanted), together)]
+        found.append(torch.cat([features.gather(part, torch.device("cpu")).tokens for part in parts]))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])

@@ -202,8 +202,7 @@ class FrozenFeatures:
         keys = [item.key for item in items]
         try:
             pixels = [item.pixels() for item in items]
-            with torch.no_grad():
-                tokens_ILND = self.encode(join(pixels, device)).tokens
+            tokens_ILND = self._encoded(pixels, device)
         except BaseException:
             self._release(keys)
             raise
@@ -215,6 +214,15 @@ class FrozenFeatures:
         if self.shelf is not None:
             self._store(rows, tokens_ILND)
         return rows
+
+    @torch.no_grad()
+    def _encoded(self, pixels: Sequence[Tensor], device: torch.device) -> Tensor:
+        """The features of some images, `[I, L, N, D]`."""
+        if device.type != "cpu":
+            return self.encode(join(pixels, device)).tokens
+        # rounding may depend on what else is in a batch, and a run that was killed misses other images together than
+        # one that was not: it ends with the same bits only if an image is encoded by itself
+        return torch.cat([self.encode(views_V3HW).tokens for views_V3HW in pixels])
 
     def _store(self, rows: dict[str, Tensor], tokens_ILND: Tensor) -> None:
         """Writes features; those on a GPU are copied and written while the GPU goes on."""
