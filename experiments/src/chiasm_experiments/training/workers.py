@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,9 +41,7 @@ class Workers:
         """The sums of some numbers over all workers, in one message."""
         if self.size == 1:
             return list(values)
-        # NCCL takes no CPU tensor
-        found: list[float] = self.total(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist()
-        return found
+        return self._reduced(values, dist.ReduceOp.SUM)
 
     def total(self, value: Tensor) -> Tensor:
         """The sum over all workers of a tensor that is on the device and stays there."""
@@ -55,9 +54,7 @@ class Workers:
         """The largest of a number over all workers."""
         if self.size == 1:
             return value
-        largest = torch.tensor(value, device=self.device)
-        dist.all_reduce(largest, dist.ReduceOp.MAX)
-        return int(largest)
+        return int(self._reduced([value], dist.ReduceOp.MAX)[0])
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Adds the gradients of all workers in place, in one message; one that no worker has stays absent.
@@ -67,9 +64,8 @@ class Workers:
         if self.size == 1:
             return
         parameters = list(parameters)
-        held = torch.tensor([parameter.grad is not None for parameter in parameters], device=self.device).int()
-        dist.all_reduce(held)
-        used = [parameter for parameter, count in zip(parameters, held.tolist(), strict=True) if count]
+        held = self.sums(*[parameter.grad is not None for parameter in parameters])
+        used = [parameter for parameter, count in zip(parameters, held, strict=True) if count]
         if not used:
             return
         gradients = []
@@ -86,3 +82,39 @@ class Workers:
         """Waits for all workers."""
         if self.size > 1:
             dist.barrier()
+
+    def _reduced(self, values: Sequence[float], operation: dist.ReduceOp.RedOpType) -> list[float]:
+        """Numbers of the host over all workers."""
+        group = host_group(self.size)
+        # NCCL takes no CPU tensor
+        device = self.device if group is None else torch.device("cpu")
+        reduced = torch.tensor(values, dtype=torch.float64, device=device)
+        dist.all_reduce(reduced, operation, group=group)
+        found: list[float] = reduced.tolist()
+        return found
+
+
+_groups: dict[dist.ProcessGroup, dist.ProcessGroup] = {}
+
+
+def host_group(size: int) -> dist.ProcessGroup | None:
+    """All workers as they talk without their GPUs; None: they talk through those. Called on every worker.
+
+    A GPU adds numbers after all that it was given before, and the host that waits for them gives it nothing meanwhile.
+    Between machines no way is certain but the one that the workers have found already.
+
+    Args:
+        size: the number of workers.
+    """
+    everyone = dist.group.WORLD
+    assert everyone is not None
+    if dist.get_backend() == "gloo":
+        return everyone
+    if int(os.environ.get("LOCAL_WORLD_SIZE", "0")) != size:
+        return None
+    if everyone not in _groups:
+        _groups.clear()  # those of an earlier run of this process
+        group = dist.new_group(backend="gloo")
+        assert isinstance(group, dist.ProcessGroup)
+        _groups[everyone] = group
+    return _groups[everyone]
