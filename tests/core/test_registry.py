@@ -6,6 +6,7 @@ import sys
 import types
 from importlib.metadata import EntryPoint
 
+import click
 import pytest
 
 from chiasm.errors import DuplicateComponentError, PluginError, UnknownComponentError
@@ -98,6 +99,32 @@ def test_broken_plugins_are_reported_and_disable_nothing_else(plugin):
     assert "no_such_module_anywhere" in registry.broken["missing"]
     with pytest.raises(UnknownComponentError, match="Plugin raises is broken and offers nothing: RuntimeError"):
         registry.get("encoder", "half")
+
+
+def test_a_plugin_whose_commands_fail_takes_no_other_command_away(plugin):
+    @hookimpl(specname="chiasm_commands")
+    def fails(cli):
+        raise RuntimeError("no such screen")
+
+    @hookimpl(specname="chiasm_commands")
+    def adds(cli):
+        cli.add_command(click.Command("fine"))
+
+    registry = Registry(
+        [plugin("a", chiasm_commands=fails, chiasm_components=components("kept")), plugin("b", chiasm_commands=adds)]
+    )
+    cli = click.Group()
+    registry.add_commands(cli)
+    assert list(cli.commands) == ["fine"]
+    assert registry.broken == {"a": "its commands cannot be added: RuntimeError: no such screen"}
+    assert registry.names("encoder") == ["kept"]
+
+
+def test_a_module_that_exits_is_broken(monkeypatch, tmp_path):
+    (tmp_path / "leaves_at_once.py").write_text("raise SystemExit('goodbye')")
+    monkeypatch.syspath_prepend(tmp_path)
+    registry = Registry([EntryPoint("leaves", "leaves_at_once", "chiasm")._for(_Distribution("leaves"))])
+    assert registry.broken == {"leaves": "SystemExit: goodbye"}
 
 
 def test_loading_checks_the_target_and_its_interface(plugin):

@@ -115,7 +115,7 @@ def main(prefix: Sequence[str] = ()) -> None:
     Args:
         prefix: words to put before the arguments of the process, say the name of a command.
     """
-    registry().plugins.hook.chiasm_commands(cli=cli)
+    registry().add_commands(cli)
     try:
         cli.main([*prefix, *sys.argv[1:]], prog_name="chiasm", standalone_mode=True)
     except ChiasmError as error:

@@ -13,12 +13,16 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING
 
 import pluggy
 
 from chiasm import hookspecs, kinds
 from chiasm.component import Component, Kind
 from chiasm.errors import DuplicateComponentError, PluginError, UnknownComponentError
+
+if TYPE_CHECKING:
+    import click
 
 GROUP = "chiasm"
 ALLOW_VARIABLE = "CHIASM_PLUGINS"
@@ -60,7 +64,7 @@ class Registry:
             module = point.load()
             self.plugins.register(module, name=owner)
             self.plugins.check_pending()
-        except Exception as error:  # whatever a stranger's module raises must not stop the others
+        except (Exception, SystemExit) as error:  # whatever a stranger's module raises must not stop the others
             if self.plugins.get_plugin(owner) is not None:
                 self.plugins.unregister(name=owner)
             self.broken[owner] = f"{type(error).__name__}: {error}"
@@ -86,7 +90,7 @@ class Registry:
             if module is None:  # a name that was unregistered stays listed
                 continue
             try:
-                for result in self.plugins.subset_hook_caller(hook, self._others(module))():
+                for result in self._hook(hook, module)():
                     for item in result:
                         if not isinstance(item, record):
                             raise TypeError(f"{hook} yielded {item!r}; wanted chiasm.plugin.{record.__name__} records")
@@ -96,8 +100,20 @@ class Registry:
                 pairs = [pair for pair in pairs if pair[1] != owner]
         return pairs
 
-    def _others(self, module: object) -> list[object]:
-        return [other for other in self.plugins.get_plugins() if other is not module]
+    def _hook(self, name: str, module: object) -> pluggy.HookCaller:
+        """A hook as one plugin alone implements it."""
+        others = [other for other in self.plugins.get_plugins() if other is not module]
+        return self.plugins.subset_hook_caller(name, others)
+
+    def add_commands(self, cli: click.Group) -> None:
+        """Has each plugin add its commands; one that raises is reported as broken and stops no other."""
+        for owner, module in self.plugins.list_name_plugin():
+            if module is None:
+                continue
+            try:
+                self._hook("chiasm_commands", module)(cli=cli)
+            except Exception as error:
+                self.broken[owner] = f"its commands cannot be added: {type(error).__name__}: {error}"
 
     def names(self, kind: str) -> list[str]:
         """The names of a kind, sorted.
