@@ -87,7 +87,7 @@ class StageCost:
     flops: int
     """Of one sample, forward and backward."""
     memory: StageMemory | None
-    """Of a step; None where the language model does not say what it keeps."""
+    """Of a step; None where the language model, or an encoder that learns, does not say what it keeps."""
     micro_batch: int
     """Samples at once for which the memory holds."""
 
@@ -165,15 +165,30 @@ def run_cost(
     stages = {}
     for stage in run.stages:
         kept = llm_class.activation_bytes(llm_config, positions, trained="llm" in stage.train)
-        if kept is not None:
+        seen = encoder_bytes(run) if "encoders" in stage.train else 0
+        if kept is None or seen is None:
+            kept = None
+        else:
             # features that no trained layer keeps are gone when the language model's peak comes
-            kept += views * connector.saved_bytes + sample.answer * llm.vocabulary * LOGIT_BYTES
+            kept += views * (seen + connector.saved_bytes) + sample.answer * llm.vocabulary * LOGIT_BYTES
         stages[stage.name] = StageCost(
             flops=train_flops(stage, llm, positions, sample.answer, encode, connect),
             memory=None if kept is None else stage_memory(run, stage, llm, parameters, kept),
             micro_batch=_micro_batch(stage),
         )
     return RunCost(sample, positions, encode, connect, forward, encode + connect + forward, stages)
+
+
+def encoder_bytes(run: RunConfig) -> int | None:
+    """Bytes that one view keeps in all encoders of a run between forward and backward; None where one does not say."""
+    total = 0
+    for ref in run.vision.encoders:
+        cls, config = resolve("encoder", ref)
+        kept: int | None = cls.activation_bytes(config)
+        if kept is None:
+            return None
+        total += kept
+    return total
 
 
 def connector_cost(run: RunConfig, features: Sequence[FeatureSpec], llm_width: int) -> ConnectorCost:

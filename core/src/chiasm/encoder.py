@@ -108,6 +108,15 @@ class Encoder(PartModule, ABC):
     def tiny(cls) -> Self:
         """A small instance with random weights for tests: made on the CPU in well under a second."""
 
+    @classmethod
+    def activation_bytes(cls, config: EncoderConfig) -> int | None:
+        """Bytes that one view keeps between forward and backward where the encoder learns, in bfloat16 on a GPU.
+
+        `chiasm plan` estimates memory with it. None, where it is not known, leaves the estimate out of the stages that
+        train the encoders. No weight is loaded.
+        """
+        return None
+
     @abstractmethod
     def forward(self, pixels_B3HW: Tensor) -> Features:
         """`[B, 3, H, W]` to features `[B, L, N, D]` as `spec` states them, prefix tokens removed."""

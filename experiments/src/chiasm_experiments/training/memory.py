@@ -11,7 +11,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from chiasm.config import RunConfig, StageConfig
-from chiasm.cost import FULL, HALF, LOGIT_BYTES, MOMENT_BYTES, connector_cost
+from chiasm.cost import FULL, HALF, LOGIT_BYTES, MOMENT_BYTES, connector_cost, encoder_bytes
 from chiasm.encoder import Encoder
 from chiasm.errors import ChiasmError
 from chiasm.sample import Sample
@@ -167,17 +167,19 @@ def step_bytes(
 ) -> int | None:
     """Memory that a step takes beside the weights, for micro-batches of so many samples like one.
 
-    None where the language model does not say what it keeps.
+    None where the language model, or an encoder that learns, does not say what it keeps.
     """
     llm, positions = vlm.llm, len(example.prompt)
     kept = type(llm).activation_bytes(llm.config, positions, trained="llm" in stage.train)
-    if kept is None:
+    seen = encoder_bytes(run) if "encoders" in stage.train else 0
+    if kept is None or seen is None:
         return None
     depth, width = llm.geometry.depth, llm.geometry.width
     if checkpointing:
         kept = depth * positions * width * HALF + kept // depth
     views = sum(len(views) for views in example.prompt.views)
-    kept += views * connector_cost(run, [encoder.geometry.features for encoder in _encoders(vlm)], width).saved_bytes
+    connector = connector_cost(run, [encoder.geometry.features for encoder in _encoders(vlm)], width)
+    kept += views * (seen + connector.saved_bytes)
     logits = min(LOGITS, size * example.prompt.supervised * llm.geometry.vocabulary)
     learning = sum(_elements(p) for part in stage.train for p in vlm.trainable(part).values())
     passes = size * kept + logits * LOGIT_BYTES

@@ -20,7 +20,9 @@ from chiasm.image import ImageSpec
 from chiasm.settings import Settings
 from chiasm_encoders import plugin
 from chiasm_encoders._checkpoint import is_here, load_model, read_config, some
+from chiasm_encoders._memory import activation_bytes
 from chiasm_encoders._processor import check_pixels, image_spec
+from chiasm_encoders._tower import Tower
 
 
 class ViTShape(Settings):
@@ -67,33 +69,6 @@ class TransformersConfig(EncoderConfig):
                 "shape is for random weights, a checkpoint has its own: give pretrained or shape, not both"
             )
         return self
-
-
-class Tower(nn.Module):
-    """What an encoder keeps of a transformers model: nothing that the selected layers do not need.
-
-    Args:
-        stem: pixels `[B, 3, H, W]` to the first block's input `[B, T, D]`.
-        blocks: up to the last selected one.
-        norm: applied to each selected layer.
-        rotary: pixels to what rotates queries and keys in each block, where positions are no weights.
-    """
-
-    def __init__(
-        self, stem: nn.Module, blocks: nn.ModuleList, norm: nn.Module, rotary: nn.Module | None = None
-    ) -> None:
-        super().__init__()
-        self.stem = stem
-        self.blocks = blocks
-        self.norm = norm
-        self.rotary = rotary
-
-    def flops(self, patches: int, tokens: int, width: int) -> int:
-        """Operations of one view: each matrix product of the patch embedding, of attention and of the MLPs."""
-        convolutions = sum(m.weight.numel() for m in self.stem.modules() if isinstance(m, nn.Conv2d))
-        linears = sum(m.weight.numel() for m in self.blocks.modules() if isinstance(m, nn.Linear))
-        attention = 2 * tokens**2 * width * len(self.blocks)  # queries by keys, weights by values
-        return 2 * (patches * convolutions + tokens * linears + attention)
 
 
 class TransformersEncoder(Encoder):
@@ -158,6 +133,31 @@ class TransformersEncoder(Encoder):
         )
 
     @classmethod
+    def activation_bytes(cls, config: EncoderConfig) -> int | None:
+        assert isinstance(config, TransformersConfig)
+        _, architecture = cls._architecture(config)
+        # many cells of a study ask for the same one; a checkpoint's config.json may change between two of them
+        key = (cls, config, architecture.to_json_string(use_diff=False))
+        if key not in _kept:
+            _kept[key] = cls._activation_bytes(config)
+        return _kept[key]
+
+    @classmethod
+    def _activation_bytes(cls, config: TransformersConfig) -> int:
+        image = cls.spec(config).image
+        model_class, architecture = cls._architecture(config)
+        architecture = _resized(architecture, config)
+        with torch.device("meta"):
+            tower = cls._tower(model_class(architecture), config)
+        if tower.rotary is not None:
+            # outside of what is counted, and real: transformers remembers the places of patches for all models
+            tower.rotary.to_empty(device="cpu")
+        arguments = cls.block_inputs(tower, torch.zeros(1, 3, image.height, image.width))
+        layers, prefix = select_layers(config.layers, architecture.num_hidden_layers), cls.prefix_tokens(architecture)
+        tower.rotary = None
+        return activation_bytes(tower, lambda pixels_B3HW: tower(pixels_B3HW, arguments, layers, prefix), image)
+
+    @classmethod
     def build(cls, config: EncoderConfig) -> Self:
         assert isinstance(config, TransformersConfig)
         return cls(config)
@@ -167,20 +167,15 @@ class TransformersEncoder(Encoder):
         return cls.build(cls.Config.model_validate({"pretrained": None, "shape": _TINY}))
 
     def forward(self, pixels_B3HW: Tensor) -> Features:
-        spec = self.geometry
-        check_pixels(pixels_B3HW, spec.image)
-        states_BND = {}
-        hidden_BTD = self.tower.stem(pixels_B3HW)
-        arguments = self.block_inputs(pixels_B3HW)
-        for index, block in enumerate(self.tower.blocks, start=1):
-            hidden_BTD = block(hidden_BTD, *arguments)
-            if index in self.layers:
-                states_BND[index] = self.tower.norm(hidden_BTD[:, self.prefix :])
-        return Features(torch.stack([states_BND[index] for index in self.layers], dim=1), spec.features.grid)
+        check_pixels(pixels_B3HW, self.geometry.image)
+        arguments = self.block_inputs(self.tower, pixels_B3HW)
+        tokens_BLND = self.tower(pixels_B3HW, arguments, self.layers, self.prefix)
+        return Features(tokens_BLND, self.geometry.grid)
 
     # where families differ
 
-    def block_inputs(self, pixels_B3HW: Tensor) -> tuple[Any, ...]:
+    @classmethod
+    def block_inputs(cls, tower: Tower, pixels_B3HW: Tensor) -> tuple[Any, ...]:
         """What each block wants after its input; None stands for no attention mask."""
         return ()
 
@@ -294,6 +289,10 @@ class TransformersEncoder(Encoder):
         if random:
             raise CheckpointError(f"pretrained: {source!r} lacks {some(random)}; its encoder would be random in part")
         return tower
+
+
+_kept: dict[tuple[type[TransformersEncoder], TransformersConfig, str], int] = {}
+"""What `activation_bytes` found before."""
 
 
 def _families() -> dict[str, type[TransformersEncoder]]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModel
 
 from chiasm.image import ImageSpec
+from chiasm_encoders._tower import Tower
 from chiasm_encoders._transformers import TransformersConfig, TransformersEncoder, ViTShape
 
 
@@ -51,7 +52,8 @@ class ClipEncoder(TransformersEncoder):
         assert isinstance(shape, ClipShape)
         return super().architecture(shape) | {"hidden_act": shape.activation}
 
-    def block_inputs(self, pixels_B3HW: Tensor) -> tuple[Any, ...]:
+    @classmethod
+    def block_inputs(cls, tower: Tower, pixels_B3HW: Tensor) -> tuple[Any, ...]:
         return (None,)
 
     @classmethod

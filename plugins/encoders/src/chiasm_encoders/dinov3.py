@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import DINOv3ViTModel
 
 from chiasm.image import ImageSpec
+from chiasm_encoders._tower import Tower
 from chiasm_encoders._transformers import TransformersConfig, TransformersEncoder, ViTShape
 
 
@@ -70,9 +71,10 @@ class Dinov3Encoder(TransformersEncoder):
             own["hidden_act"] = "silu"
         return super().architecture(shape) | own
 
-    def block_inputs(self, pixels_B3HW: Tensor) -> tuple[Any, ...]:
-        assert self.tower.rotary is not None
-        return None, self.tower.rotary(pixels_B3HW)
+    @classmethod
+    def block_inputs(cls, tower: Tower, pixels_B3HW: Tensor) -> tuple[Any, ...]:
+        assert tower.rotary is not None
+        return None, tower.rotary(pixels_B3HW)
 
     @classmethod
     def prefix_tokens(cls, architecture: Any) -> int:

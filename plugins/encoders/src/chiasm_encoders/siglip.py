@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import SiglipVisionModel
 
 from chiasm.image import ImageSpec
+from chiasm_encoders._tower import Tower
 from chiasm_encoders._transformers import TransformersConfig, TransformersEncoder, ViTShape
 
 
@@ -41,7 +42,8 @@ class SiglipEncoder(TransformersEncoder):
     published = ImageSpec(height=512, width=512, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), native="squash")
     positions = "position_embedding.weight"
 
-    def block_inputs(self, pixels_B3HW: Tensor) -> tuple[Any, ...]:
+    @classmethod
+    def block_inputs(cls, tower: Tower, pixels_B3HW: Tensor) -> tuple[Any, ...]:
         return (None,)
 
     @classmethod

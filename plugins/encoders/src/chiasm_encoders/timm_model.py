@@ -24,6 +24,7 @@ from chiasm.encoder import Encoder, EncoderConfig, EncoderSpec, select_layers
 from chiasm.errors import CheckpointError, ConfigError
 from chiasm.features import Features, FeatureSpec
 from chiasm_encoders._checkpoint import read_json, weight_files
+from chiasm_encoders._memory import activation_bytes
 from chiasm_encoders._processor import check_pixels, timm_image_spec
 
 _FACTORY = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
@@ -86,6 +87,12 @@ class TimmEncoder(Encoder):
         """
         assert isinstance(config, TimmConfig)
         return _sketch(config).spec
+
+    @classmethod
+    def activation_bytes(cls, config: EncoderConfig) -> int | None:
+        """None of the few models that hold tensors which are neither parameters nor buffers."""
+        assert isinstance(config, TimmConfig)
+        return _kept(config, None if config.pretrained is None else json.dumps(_checkpoint(config.pretrained)))
 
     @classmethod
     def build(cls, config: EncoderConfig) -> Self:
@@ -154,6 +161,24 @@ def _draw(config: TimmConfig, file: str | None) -> _Sketch:
         layers,
         frozenset(name for name, _ in model.named_parameters() if name not in read),
     )
+
+
+@lru_cache(maxsize=64)
+def _kept(config: TimmConfig, file: str | None) -> int | None:
+    """What `activation_bytes` says, of a checkpoint whose config.json is this."""
+    sketch = _draw(config, file)
+    with torch.device("meta"):
+        model = _create(config)
+    _prune(model, sketch.layers)
+    _as_buffers(model, sketch.unread)
+
+    def forward(pixels_B3HW: Tensor) -> Tensor:
+        return torch.stack(list(_maps(model, sketch.layers, pixels_B3HW).values()), dim=1)
+
+    try:
+        return activation_bytes(model, forward, sketch.spec.image)
+    except (RuntimeError, AssertionError):
+        return None
 
 
 def _name(config: TimmConfig) -> str:
