@@ -237,7 +237,7 @@ class _Collector:
             ConfigError: the first such, with file, line and field.
         """
         for chosen, error in self.errors:
-            if not chosen:
+            if not chosen or len(self.errors) == len(self.made):
                 raise error
             for path, level in chosen.items():
                 if (path, level) not in self.sound:

@@ -16,7 +16,18 @@ from pydantic import (
 from chiasm.config import read_document
 from chiasm.settings import FilePath, Settings
 from chiasm.yamlfile import Document, Location, Problem, load_yaml, problems_of
-from chiasm_experiments.study.settings import Budget, Constraints, Objective, Range, Resources, Search, Share
+from chiasm_experiments.study.settings import (
+    Budget,
+    Constraints,
+    Label,
+    Labels,
+    Objective,
+    Range,
+    Resources,
+    Search,
+    Share,
+    label_of,
+)
 
 Design = Literal["grid", "one_factor", "pairwise", "cells", "search"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
@@ -36,12 +47,12 @@ class StudyConfig(Settings):
     factors: dict[str, Range | Levels] = Field(min_length=1)
     """For each field of the run that varies its levels: a list, or a mapping of label to value; in a search also
     `{low: ..., high: ..., log: true}`."""
-    when: dict[str, dict[str, tuple[str, ...]]] = Field(default_factory=dict)
+    when: dict[str, Annotated[dict[str, Labels], Field(min_length=1)]] = Field(default_factory=dict)
     """Factors that vary only where others have one of the named levels; elsewhere the base run's value stands."""
     design: Design = "grid"
     """grid: every combination. one_factor: the base run, and each factor varied alone from it. pairwise: few cells in
     which every two levels of different factors meet. cells: those that are listed. search: those that are proposed."""
-    cells: tuple[dict[str, str], ...] = ()
+    cells: tuple[dict[str, Label], ...] = ()
     """For `design: cells`: the levels of each; a factor that one does not name keeps the base run's value."""
     constraints: Constraints = Constraints()
     invalid: Literal["refuse", "skip"] = "refuse"
@@ -49,7 +60,7 @@ class StudyConfig(Settings):
     seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
     """Each cell is repeated with every seed. In a search the first is used, and the next ones for a cell that is
     proposed again."""
-    control: dict[str, str] = Field(default_factory=dict, max_length=1)
+    control: dict[str, Label] = Field(default_factory=dict, max_length=1)
     """The level of one factor that sees no image, say `{vision.encoders: blind}`; it must score at chance."""
     objective: Objective = Objective()
     search: Search = Search()
@@ -131,8 +142,7 @@ class StudyConfig(Settings):
         for cell in self.cells:
             self._require_levels("cells", {path: (label,) for path, label in cell.items()})
         for excluded in self.constraints.exclude:
-            as_tuples = {path: (labels,) if isinstance(labels, str) else labels for path, labels in excluded.items()}
-            self._require_levels("constraints.exclude", as_tuples)
+            self._require_levels("constraints.exclude", excluded)
         for path, needed in self.when.items():
             if path not in self.factors:
                 raise ValueError(f"when: no factor {path!r}; factors: {list(self.factors)}")
@@ -196,24 +206,14 @@ def _parse(document: Document) -> StudyConfig:
 
 def _factor(levels: Any) -> Any:
     """Levels by label; levels given as a list are labelled by what they are. A range stays one."""
-    if isinstance(levels, dict) and {"low", "high"} <= levels.keys():
+    if isinstance(levels, dict) and {"low", "high"} <= levels.keys() <= {"low", "high", "log"}:
         return Range.model_validate(levels)
-    if not isinstance(levels, list):
+    if not isinstance(levels, list | dict):
         return levels
     result: Levels = {}
-    for value in levels:
-        label = label_of(value)
+    for given, value in levels.items() if isinstance(levels, dict) else zip(levels, levels, strict=True):
+        label = label_of(given)
         if label in result:
             raise ValueError(f"two levels are both called {label!r}; give labels: {{label: value, ...}}")
         result[label] = value
     return result
-
-
-def label_of(value: Any) -> str:
-    """What a value is called where no label is given."""
-    if isinstance(value, list | tuple):
-        return "+".join(map(label_of, value))
-    if isinstance(value, dict):
-        options = ",".join(f"{key}={item}" for key, item in value.items() if key != "name")
-        return f"{value.get('name', '')}{f'({options})' if options else ''}"
-    return str(value)

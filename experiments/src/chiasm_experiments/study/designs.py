@@ -124,32 +124,75 @@ def pairwise(space: Space, allowed: Allowed, missing: Missing) -> Iterator[Chose
                 missing(wanted)
 
 
-def _proposed(space: Space, rows: dict[str, list[Any]], allowed: Allowed) -> Iterator[Chosen]:
-    """What allpairspy proposes, until it finds nothing new or is refused too often in a row."""
-    refused = 0
-
-    def take(row: Sequence[Any]) -> bool:
-        nonlocal refused
-        paths = space.order[: len(row)]
-        chosen = _chosen(paths, row)
-        if space.active(paths[-1], chosen) != (row[-1] is not None) or space.excluded(chosen, paths) is not None:
-            return False
-        if len(row) < len(rows):
-            return True
-        refused = 0 if allowed(chosen) else refused + 1
-        if refused > TRIES:
-            raise _TooManyRefusedError
-        return not refused
-
-    try:
-        for row in AllPairs(list(rows.values()), filter_func=take):
-            yield _chosen(space.order, row)
-    except _TooManyRefusedError:
-        return
+def _proposed(space: Space, rows: dict[str, list[Any]], allowed: Allowed) -> list[Chosen]:
+    """What allpairspy proposes. It goes through every combination below two levels that cannot meet, so where it is
+    refused again and again such are looked for, and it starts anew without them."""
+    barred: list[Fixed] = []
+    while True:
+        proposed: list[Chosen] = []
+        taking = _Taking(space, allowed, barred)
+        try:
+            for row in AllPairs(list(rows.values()), filter_func=taking.take):
+                proposed.append(_chosen(space.order, row))
+        except _TooManyRefusedError:
+            found = [pair for pair in taking.in_common() if _meet_nowhere(space, pair, allowed)]
+            if found:
+                barred += found
+                continue
+        return proposed
 
 
 class _TooManyRefusedError(Exception):
-    """allpairspy goes through every combination below a pair that cannot work."""
+    """`TRIES` combinations in a row were not allowed."""
+
+
+class _Taking:
+    """allpairspy's filter, which sees the first levels of a combination, then one more, and so on.
+
+    Args:
+        space: the factors.
+        allowed: asked of whole combinations.
+        barred: pairs of levels that are known to meet nowhere.
+    """
+
+    def __init__(self, space: Space, allowed: Allowed, barred: Sequence[Fixed]) -> None:
+        self.space = space
+        self.allowed = allowed
+        self.barred = barred
+        self.refused: list[dict[str, Any]] = []
+
+    def take(self, row: Sequence[Any]) -> bool:
+        """Whether a combination may begin so.
+
+        Raises:
+            _TooManyRefusedError: it is time to ask why.
+        """
+        paths = self.space.order[: len(row)]
+        levels, chosen = dict(zip(paths, row, strict=True)), _chosen(paths, row)
+        if self.space.active(paths[-1], chosen) != (row[-1] is not None):
+            return False
+        if self.space.excluded(chosen, paths) is not None or any(
+            pair.items() <= levels.items() for pair in self.barred
+        ):
+            return False
+        if len(row) < len(self.space.order):
+            return True
+        if self.allowed(chosen):
+            self.refused = []
+            return True
+        self.refused.append(levels)
+        if len(self.refused) == TRIES:
+            raise _TooManyRefusedError
+        return False
+
+    def in_common(self) -> list[Fixed]:
+        """The pairs of levels that all refused combinations have."""
+        common = set.intersection(*(set(levels.items()) for levels in self.refused))
+        return [dict(pair) for pair in itertools.combinations(sorted(common, key=str), 2)]
+
+
+def _meet_nowhere(space: Space, pair: Fixed, allowed: Allowed) -> bool:
+    return _find(space, pair, list(space.combinations(pair, space.behind(pair))), allowed) is None
 
 
 def _chosen(paths: Sequence[str], row: Sequence[Any]) -> Chosen:

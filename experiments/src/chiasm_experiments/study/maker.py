@@ -13,9 +13,9 @@ from chiasm.cost import SampleSize
 from chiasm.errors import ConfigError
 from chiasm.plan import RunPlan, plan_run
 from chiasm.yamlfile import Problem
-from chiasm_experiments.study.config import Levels, Study, label_of, level_location
+from chiasm_experiments.study.config import Levels, Study, level_location
 from chiasm_experiments.study.fields import Replacement, content, replaced, value_at
-from chiasm_experiments.study.settings import Planned, Range
+from chiasm_experiments.study.settings import Planned, Range, label_of
 from chiasm_experiments.study.space import BASE, Chosen, Space
 
 FULL = "full"

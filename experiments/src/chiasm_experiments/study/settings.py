@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from chiasm.settings import Settings
 from chiasm_experiments.training.execution import Execution
@@ -15,6 +23,26 @@ Cost = Literal["visual_tokens", "flops", "latency", "trained_parameters"]
 Planned = Literal["visual_tokens", "flops", "trained_parameters", "parameters", "gpu_gib"]
 """What a plan knows of a cell before anything runs."""
 Share = Annotated[float, Field(gt=0, lt=1)]
+
+
+def label_of(value: Any) -> str:
+    """What a value is called where no label is given."""
+    if isinstance(value, list | tuple):
+        return "+".join(map(label_of, value))
+    if isinstance(value, dict):
+        options = ",".join(f"{key}={item}" for key, item in value.items() if key != "name")
+        return f"{value.get('name', '')}{f'({options})' if options else ''}"
+    return str(value)
+
+
+Label = Annotated[str, BeforeValidator(label_of)]
+"""Of a level; one that was labelled by its value, say a number, may be written as that."""
+Labels = Annotated[
+    tuple[Label, ...],
+    Field(min_length=1),
+    BeforeValidator(lambda value: value if isinstance(value, list | tuple) else [value]),
+]
+"""One, or several of which any will do."""
 
 
 class Range(Settings):
@@ -68,7 +96,7 @@ class Resources(Execution):
 class Constraints(Settings):
     """Cells that are left out although they could work."""
 
-    exclude: tuple[dict[str, str | tuple[str, ...]], ...] = ()
+    exclude: tuple[Annotated[dict[str, Labels], Field(min_length=1)], ...] = ()
     """Each names levels of some factors, one or a list; cells that have all of them are left out."""
     at_most: dict[Planned, PositiveFloat] = Field(default_factory=dict)
     """Cells whose plan has more are left out; `gpu_gib` is of a step on one GPU."""

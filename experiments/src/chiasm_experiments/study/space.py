@@ -135,9 +135,8 @@ class Space:
         """
         known = set(known)
         for levels in self.config.constraints.exclude:
-            wanted = {path: (labels,) if isinstance(labels, str) else labels for path, labels in levels.items()}
-            if wanted.keys() <= known and all(self.label(path, chosen) in labels for path, labels in wanted.items()):
-                return f"constraints.exclude: {in_words(wanted)}"
+            if levels.keys() <= known and all(self.label(path, chosen) in labels for path, labels in levels.items()):
+                return f"constraints.exclude: {in_words(levels)}"
         return None
 
 
