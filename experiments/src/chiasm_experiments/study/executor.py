@@ -1,136 +1,85 @@
 """Where trials run: Ray actors that are reused for one-worker trials, `TorchTrainer` for several workers.
 
-Both execute the same training function. A one-worker trial runs in Ray Train's local mode inside its actor, so the
-next trial starts at once and frozen parts stay loaded.
+Both execute the same training function. An actor that has ended a one-worker trial keeps its frozen parts loaded, and
+the next trial that wants the same ones goes there and begins at once.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import json
 import time
-import traceback
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import ray
+from ray.exceptions import OutOfMemoryError, RayError
 
+from chiasm.config import RunConfig
+from chiasm.errors import ConfigError
+from chiasm_experiments.study.hub import Hub, Report, Seen
+from chiasm_experiments.study.leftovers import Traces
+from chiasm_experiments.study.places import Result, TrainerActor, TrialActor
 from chiasm_experiments.study.settings import Resources
+from chiasm_experiments.study.slots import count_slots, trials_per_gpu
+from chiasm_experiments.training.cache import identity
 from chiasm_experiments.training.execution import Execution
-from chiasm_experiments.training.guide import Unguided
 from chiasm_experiments.training.run import Job
+
+Say = Callable[[str], None]
+LIMITS_SECONDS = 1.0
+"""Between two looks at what shows no progress or takes too long."""
+END_SECONDS = 15.0
+"""In which a trial on several workers that are killed must have given back what it held."""
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """How a trial ended: its manifest, or the traceback of its error, or the loss of its worker."""
+class Ended:
+    """A trial left its place.
+
+    Args:
+        trial: its name.
+        status: `lost`: its worker died, and it may be started again. `stopped`: it was asked to, and is to be taken up.
+        manifest: of one that is complete or pruned.
+        error: traceback or reason of one that failed or was lost.
+    """
 
     trial: str
+    status: Literal["complete", "pruned", "stopped", "failed", "lost"]
     manifest: dict[str, Any] | None = None
     error: str | None = None
-    lost: bool = False
-    """The worker died, so the trial may be tried again."""
 
 
-@ray.remote(num_cpus=0)
-class Board:
-    """The newest progress of each trial, posted by workers and read by the driver."""
+@dataclass(frozen=True, slots=True)
+class Reported:
+    """A trial waits at a rung for an answer: `Pool.answer`."""
 
-    def __init__(self) -> None:
-        self.lines: dict[str, str] = {}
-
-    def post(self, trial: str, line: str) -> None:
-        """Replaces a trial's line."""
-        self.lines[trial] = line
-
-    def read(self) -> dict[str, str]:
-        """All lines."""
-        return self.lines
+    trial: str
+    rung: int
+    share: float
+    scores: tuple[float | None, ...]
 
 
-class Poster(Unguided):
-    """Posts progress at most once a second, and never waits for the board."""
+@dataclass(slots=True)
+class _Place:
+    """An actor, what it holds and since when it is idle."""
 
-    def __init__(self, board: Any, trial: str) -> None:
-        self.board = board
-        self.trial = trial
-        self.posted = 0.0
-
-    def progress(self, what: str, step: int, steps: int, metrics: Mapping[str, float]) -> None:
-        """Takes what a `Guide` is told."""
-        now = time.monotonic()
-        if self.board is not None and now - self.posted > 1:
-            self.posted = now
-            loss_text = f" loss {metrics['loss']:.3f}" if metrics else ""
-            self.board.post.remote(self.trial, f"{what} {step}/{steps}{loss_text}")
+    actor: Any
+    share: float
+    key: str = ""
+    used: int = 0
 
 
-def train_loop(config: dict[str, Any]) -> dict[str, Any]:
-    """What Ray Train runs on each worker."""
-    import torch
-
-    from chiasm_experiments.training.run import execute
-
-    job, warm = Job(**config["job"]), config.get("warm")
-    if config.get("threads"):
-        torch.set_num_threads(config["threads"])
-    return execute(job, Poster(config["board"], job.labels["trial"]), warm)
-
-
-@ray.remote
-class TrialActor:
-    """Executes one-worker trials one after the other, keeping frozen parts loaded."""
-
-    def __init__(self, threads: int, memo_bytes: int) -> None:
-        from chiasm_experiments.data.feed import FeatureMemo
-        from chiasm_experiments.training.cache import WarmParts
-
-        self.threads = threads
-        self.warm = WarmParts(FeatureMemo(memo_bytes))
-
-    def run(self, job: Job, board: Any) -> tuple[dict[str, Any] | None, str | None]:
-        """The manifest, or the traceback of the trial's own error."""
-        from ray.train import ScalingConfig
-        from ray.train.torch import TorchTrainer
-
-        config = {"job": asdict(job), "board": board, "warm": self.warm, "threads": self.threads}
-        try:
-            use_gpu = bool(ray.get_gpu_ids())
-            scaling = ScalingConfig(num_workers=0, use_gpu=use_gpu)
-            result = TorchTrainer(train_loop, train_loop_config=config, scaling_config=scaling).fit()
-        except Exception:
-            return None, traceback.format_exc()
-        return result.return_value, None
-
-
-@ray.remote(num_cpus=0)
-class TrainerActor:
-    """Drives trials on several workers; holds no resource itself, so that it cannot starve its own workers."""
-
-    def run(self, job: Job, board: Any, resources: Resources, gpus: float) -> tuple[dict[str, Any] | None, str | None]:
-        """The manifest, or the traceback of the trial's own error."""
-        from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchConfig, TorchTrainer
-
-        per_worker = {"CPU": resources.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
-        scaling = ScalingConfig(num_workers=resources.workers, use_gpu=bool(gpus), resources_per_worker=per_worker)
-        # whole GPUs speak NCCL; workers on the CPU or that share a device must not
-        backend = TorchConfig(backend="nccl" if gpus >= 1 else "gloo")
-        failure = FailureConfig(max_failures=resources.retries, controller_failure_limit=1)
-        # the trial's own folder, so that no run of another trial can be taken for this one
-        run_config = RunConfig(name="ray", storage_path=job.folder, failure_config=failure)
-        config = {"job": asdict(job), "board": board, "threads": max(1, int(resources.cpus_per_worker))}
-        try:
-            trainer = TorchTrainer(
-                train_loop,
-                train_loop_config=config,
-                scaling_config=scaling,
-                run_config=run_config,
-                torch_config=backend,
-            )
-            result = trainer.fit()
-        except Exception:
-            return None, traceback.format_exc()
-        return result.return_value, None
+@dataclass(frozen=True, slots=True)
+class _Running:
+    ticket: str
+    trial: str
+    key: str
+    place: _Place
+    reference: Any
 
 
 class Pool:
@@ -138,23 +87,57 @@ class Pool:
 
     Args:
         resources: what a trial takes.
-        memo_bytes: memory of each actor for features of frozen encoders.
+        say: takes lines for the user.
+        study: names actors and marks what this driver makes, so that later drivers of the study find what one that was
+            killed has left.
+
+    Raises:
+        ConfigError: the cluster holds not even one trial.
     """
 
-    def __init__(self, resources: Resources, memo_bytes: int = 2**30) -> None:
+    def __init__(self, resources: Resources, say: Say = print, study: str = "") -> None:
         self.resources = resources
-        self.memo_bytes = memo_bytes
-        total = ray.cluster_resources()
-        self.gpus = _gpus(resources, total)
-        self.size = _slots(resources, self.gpus, total)
-        self.board = Board.remote()  # type: ignore[attr-defined]
-        self.idle: list[Any] = []
-        self.running: dict[Any, tuple[str, Any]] = {}
+        self.say = say
+        self.nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        self.gpus = _gpus(resources, self.nodes)
+        self.shared = resources.gpus_per_worker == "auto" and resources.workers == 1 and bool(self.gpus)
+        """Whether several trials may come to share a GPU."""
+        self.fits: dict[str, int] = {}
+        """How many trials of a key share a GPU, once one of them was measured."""
+        self._slots(1)
+        self.traces = Traces(study)
+        removed = self.traces.clear()
+        if removed:
+            say(f"removed what a driver of this study that was killed had left in the cluster: {', '.join(removed)}")
+        self.hub = Hub.options(name=self.traces.hub, namespace=self.traces.namespace).remote()  # type: ignore[attr-defined]
+        self.numbers = itertools.count(1)
+        self.idle: list[_Place] = []
+        self.running: dict[str, _Running] = {}
+        """By trial."""
+        self.queue: deque[tuple[Job, str]] = deque()
+        self.killed: dict[str, tuple[str, float]] = {}
+        """By ticket the reason, and when."""
+        self.seen: dict[str, Seen] = {}
+        self.ready: list[Ended | Reported] = []
+        self._news = self.hub.listen.remote()
+        self._looked = 0.0
+
+    @property
+    def size(self) -> int:
+        """Trials at once, with GPUs shared as measured so far."""
+        return self._slots(max(self.fits.values(), default=1))
 
     @property
     def free(self) -> int:
         """Trials that could start now."""
-        return self.size - len(self.running)
+        if self.queue:
+            return 0
+        most = max(self.fits.values(), default=1)
+        free = self._slots(most) - len(self.running)
+        if self.shared:
+            left = sum(node.get("GPU", 0) for node in self.nodes) - sum(r.place.share for r in self.running.values())
+            free = min(free, int(left * most + 1e-3))
+        return max(0, free)
 
     @property
     def execution(self) -> Execution:
@@ -165,72 +148,268 @@ class Pool:
         loaders = max(1, min(8, int(self.resources.cpus_per_worker) - 1)) if self.gpus else 0
         return execution.model_copy(update={"loader_workers": loaders})
 
-    def submit(self, job: Job) -> None:
-        """Starts a trial on an idle actor, or on a new one."""
-        actor = self.idle.pop() if self.idle else self._new()
-        if self.resources.workers == 1:
-            reference = actor.run.remote(job, self.board)
-        else:
-            reference = actor.run.remote(job, self.board, self.resources, self.gpus)
-        self.running[reference] = (job.labels["trial"], actor)
+    def warm(self) -> frozenset[str]:
+        """The keys of what idle actors hold."""
+        return frozenset(place.key for place in self.idle if place.key)
 
-    def wait(self, seconds: float) -> Iterator[Outcome]:
-        """The trials that end within a time."""
-        done, _ = ray.wait(list(self.running), num_returns=1, timeout=seconds)
-        for reference in done:
-            trial, actor = self.running.pop(reference)
-            try:
-                manifest, error = ray.get(reference)
-            except ray.exceptions.RayTaskError as own:  # raised by our own code around the trial
-                self.idle.append(actor)
-                yield Outcome(trial, error=str(own))
-            except ray.exceptions.RayError as lost:
+    def submit(self, job: Job, key: str) -> None:
+        """Starts a trial where its frozen parts are loaded already, else anywhere; it waits if there is no room.
+
+        Args:
+            job: the trial; its label `trial` names it.
+            key: what `warm_key` says of its run.
+        """
+        self.queue.append((job, key))
+        self._start()
+
+    def events(self, seconds: float) -> list[Ended | Reported]:
+        """What has happened, as soon as anything has; nothing after some seconds."""
+        until = time.monotonic() + seconds
+        while not self.ready:
+            left = until - time.monotonic()
+            waited = [self._news, *(item.reference for item in self.running.values())]
+            done, _ = ray.wait(waited, num_returns=1, timeout=max(0.0, min(left, LIMITS_SECONDS)))
+            self._listen(done)
+            for item in [item for item in self.running.values() if item.reference in done]:
+                self._end(item)
+            self._start()
+            if time.monotonic() - self._looked > LIMITS_SECONDS:
+                self._limit()
+            if left <= 0:
+                break
+        events, self.ready = self.ready, []
+        return events
+
+    def answer(self, trial: str, go_on: bool) -> None:
+        """Lets a trial that waits at a rung go on, or prunes it."""
+        if trial in self.running:
+            self.hub.answer.remote(self.running[trial].ticket, go_on)
+
+    def stop(self, trials: Iterable[str] | None = None) -> None:
+        """Asks trials, or all, to write a checkpoint and end; those that have not started end at once."""
+        names = set(self.running) | {job.labels["trial"] for job, _ in self.queue} if trials is None else set(trials)
+        for entry in [entry for entry in self.queue if entry[0].labels["trial"] in names]:
+            self.queue.remove(entry)
+            self.ready.append(Ended(entry[0].labels["trial"], "stopped"))
+        begun = [item for name, item in self.running.items() if name in names]
+        ray.get(self.hub.stop.remote([item.ticket for item in begun]))
+
+    def kill(self, trial: str, reason: str) -> None:
+        """Ends a trial at once; it comes back as failed."""
+        for entry in [entry for entry in self.queue if entry[0].labels["trial"] == trial]:
+            self.queue.remove(entry)
+            self.ready.append(Ended(trial, "failed", error=reason))
+        item = self.running.get(trial)
+        if item is None or item.ticket in self.killed:
+            return
+        self.killed[item.ticket] = (reason, time.monotonic())
+        if self.resources.workers == 1:
+            ray.kill(item.place.actor)
+        else:  # Ray Train then gives back what it holds for them
+            for actor in ray.get(self.hub.workers.remote(item.ticket)):
                 ray.kill(actor)
-                yield Outcome(trial, error=f"its worker died: {lost}", lost=True)
-            else:
-                self.idle.append(actor)
-                yield Outcome(trial, manifest, error)
+
+    def takes(self, key: str) -> float:
+        """GPUs that a trial of a key takes now, or CPUs where it takes no GPU."""
+        gpus = _share(self.fits.get(key, 1)) if self.shared else self.gpus
+        return self.resources.workers * (gpus or self.resources.cpus_per_worker)
+
+    def rest(self) -> None:
+        """Ends idle actors, so that another driver's trials find room."""
+        for place in self.idle:
+            ray.kill(place.actor)
+        self.idle.clear()
 
     def progress(self) -> dict[str, str]:
-        """The newest line of each running trial."""
-        lines = ray.get(self.board.read.remote())
-        names = [trial for trial, _ in self.running.values()]
-        return {name: lines.get(name, "starting") for name in names}
+        """The newest line of each trial that was submitted and has not ended."""
+        lines = {job.labels["trial"]: "waits for a place" for job, _ in self.queue}
+        for name, item in self.running.items():
+            lines[name] = self.seen[item.ticket].line if item.ticket in self.seen else "starts"
+        return lines
 
     def close(self) -> None:
-        """Ends all actors."""
-        for actor in [*self.idle, *(actor for _, actor in self.running.values()), self.board]:
-            ray.kill(actor)
+        """Ends everything at once; `stop` and `events` first, where trials are to be taken up later."""
+        self.queue.clear()
+        with contextlib.suppress(RayError):
+            if self.resources.workers > 1 and self.running:
+                for name in self.running:
+                    self.kill(name, "the study was ended")
+                ray.wait(
+                    [r.reference for r in self.running.values()], num_returns=len(self.running), timeout=END_SECONDS
+                )
+        for place in [*self.idle, *(item.place for item in self.running.values())]:
+            ray.kill(place.actor)
+        ray.kill(self.hub)
         self.idle.clear()
         self.running.clear()
+        self.traces.forget()
 
-    def _new(self) -> Any:
+    def _slots(self, per_gpu: int) -> int:
+        """Trials at once if so many share a GPU.
+
+        Raises:
+            ConfigError: not even one fits, which would wait for ever.
+        """
+        resources = self.resources
+        gpus = _share(per_gpu) if self.shared else self.gpus
+        fits = count_slots(self.nodes, resources.cpus_per_worker, gpus, resources.workers)
+        if fits < 1:
+            have = [{name: node.get(name, 0) for name in ("CPU", "GPU")} for node in self.nodes]
+            raise ConfigError(
+                f"resources: a trial takes {resources.workers} x {{CPU: {resources.cpus_per_worker:g}, GPU: "
+                f"{self.gpus:g}}}, and the nodes of the cluster have {have}; lower workers or what each takes"
+            )
+        return fits if resources.concurrent == "auto" else min(fits, resources.concurrent)
+
+    def _start(self) -> None:
+        """Starts what waits, in order, as far as there is room."""
+        while self.queue:
+            job, key = self.queue[0]
+            share = _share(self.fits.get(key, 1)) if self.shared else self.gpus
+            place = self._place(key, share)
+            if place is None:
+                return
+            self.queue.popleft()
+            place.key = key
+            trial, ticket = job.labels["trial"], f"{job.labels['trial']}#{next(self.numbers)}"
+            ray.get(self.hub.open.remote(ticket))
+            reference = place.actor.run.remote(job, self.hub, ticket)
+            self.running[trial] = _Running(ticket, trial, key, place, reference)
+
+    def _place(self, key: str, share: float) -> _Place | None:
+        """The actor for a trial: one that holds what it needs, the one that was idle for longest, or a new one."""
+        most = round(1 / share) if self.shared else 1
+        if len(self.running) >= self._slots(most):
+            return None
+        if self.shared:
+            total = sum(node.get("GPU", 0) for node in self.nodes) + 1e-6
+            if sum(item.place.share for item in self.running.values()) + share > total:
+                return None
+        fitting = [place for place in self.idle if place.share == share]
+        found = [place for place in fitting if place.key == key] or fitting
+        if found:
+            place = min(found, key=lambda place: place.used)
+            self.idle.remove(place)
+            return place
+        held = sum(place.share for place in self.idle) + sum(item.place.share for item in self.running.values())
+        while self.shared and self.idle and held + share > total:
+            oldest = min(self.idle, key=lambda place: place.used)
+            self.idle.remove(oldest)
+            ray.kill(oldest.actor)
+            held -= oldest.share
+        return _Place(self._new(share), share)
+
+    def _new(self, share: float) -> Any:
+        named = {"name": f"{self.traces.name}/{next(self.numbers)}", "namespace": self.traces.namespace}
         if self.resources.workers > 1:
-            return TrainerActor.remote()  # type: ignore[attr-defined]
+            return TrainerActor.options(**named).remote(self.resources, share)  # type: ignore[attr-defined]
         cpus = self.resources.cpus_per_worker
-        options = TrialActor.options(num_cpus=cpus, num_gpus=self.gpus)  # type: ignore[attr-defined]
-        return options.remote(max(1, int(cpus)), self.memo_bytes)
+        options = TrialActor.options(num_cpus=cpus, num_gpus=share, **named)  # type: ignore[attr-defined]
+        return options.remote(max(1, int(cpus)), share if self.shared and share < 1 else None)
+
+    def _listen(self, done: list[Any]) -> None:
+        """Takes the reports of trials that wait."""
+        if self._news not in done:
+            return
+        reports: list[Report] = ray.get(self._news)
+        self._news = self.hub.listen.remote()
+        trials = {item.ticket: item.trial for item in self.running.values()}
+        self.ready += [
+            Reported(trials[report.ticket], report.rung, report.share, report.scores)
+            for report in reports
+            if report.ticket in trials
+        ]
+
+    def _end(self, item: _Running) -> None:
+        """A trial has left its actor, or its actor has died."""
+        del self.running[item.trial]
+        reason, _ = self.killed.pop(item.ticket, (None, 0.0))
+        try:
+            result: Result = ray.get(item.reference)
+        except RayError as error:
+            ray.kill(item.place.actor)
+            result = Result("lost", error=_why(error))
+        else:
+            item.place.used = next(self.numbers)
+            if result.reusable:
+                self.idle.append(item.place)
+            else:
+                ray.kill(item.place.actor)
+        self.hub.close.remote(item.ticket)
+        if reason is not None:
+            self.ready.append(Ended(item.trial, "failed", error=reason))
+            return
+        if self.shared and item.key not in self.fits and result.manifest is not None:
+            self._measured(item, result)
+        self.ready.append(Ended(item.trial, result.status, result.manifest, result.error))
+
+    def _measured(self, item: _Running, result: Result) -> None:
+        """Settles how many trials like one that had a whole GPU share one."""
+        assert result.manifest is not None
+        busy, peak = result.manifest["gpu_busy"], result.manifest["peak_gpu_bytes"]
+        count = trials_per_gpu(busy, peak, result.gpu_bytes, self.resources.trials_per_gpu)
+        self.fits[item.key] = count
+        if count > 1:
+            self.say(
+                f"{item.trial} kept its GPU busy for {busy:.0%} of the time: {count} of its kind share one from now on"
+            )
+
+    def _limit(self) -> None:
+        """Ends trials that show no progress or take too long."""
+        self._looked = now = time.monotonic()
+        self.seen = ray.get(self.hub.look.remote())
+        stall, longest = self.resources.stall_seconds, self.resources.trial_seconds
+        for item in list(self.running.values()):
+            seen = self.seen.get(item.ticket)
+            _, since = self.killed.get(item.ticket, ("", now))
+            if now - since > END_SECONDS:
+                ray.kill(item.place.actor)
+            elif seen is None:
+                continue
+            elif longest is not None and seen.seconds is not None and seen.seconds > longest:
+                self.kill(item.trial, f"took longer than trial_seconds ({longest:g}); its last sign was: {seen.line}")
+            elif seen.quiet is not None and seen.quiet > stall:
+                self.kill(
+                    item.trial, f"showed no progress for stall_seconds ({stall:g}); its last sign was: {seen.line}"
+                )
 
 
-def _gpus(resources: Resources, total: dict[str, float]) -> float:
+def warm_key(run: RunConfig) -> str:
+    """Equal for runs whose frozen encoders and language model are the same, so that one finds the other's loaded.
+
+    Args:
+        run: with its seed, which random weights depend on.
+    """
+    parts = []
+    if "encoders" not in run.trained:
+        for place, ref in enumerate(run.vision.encoders):
+            pretrained = ref.options.get("pretrained") is not None
+            parts.append(identity("encoder", ref, f"{run.seed}/encoder.{place}", run.precision, pretrained))
+    if "llm" not in run.trained:
+        pretrained = run.llm.options.get("pretrained") is not None
+        parts.append(identity("llm", run.llm, f"{run.seed}/llm", run.precision, pretrained))
+    return json.dumps(parts)
+
+
+def _gpus(resources: Resources, nodes: list[dict[str, float]]) -> float:
     if resources.gpus_per_worker == "auto":
-        return 1 if total.get("GPU") else 0
+        return 1 if any(node.get("GPU") for node in nodes) else 0
     return resources.gpus_per_worker
 
 
-def _slots(resources: Resources, gpus: float, total: dict[str, float]) -> int:
-    """How many trials fit at once.
+def _share(count: int) -> float:
+    """The share of a GPU of which so many fit into one, in the steps in which Ray counts."""
+    return int(1e4 / count) / 1e4
 
-    Raises:
-        ConfigError: not even one does, which would wait for ever.
-    """
-    from chiasm.errors import ConfigError
 
-    needed = {"CPU": resources.cpus_per_worker * resources.workers, "GPU": gpus * resources.workers}
-    fits = [int(total.get(name, 0) / amount + 1e-9) for name, amount in needed.items() if amount]
-    if min(fits) < 1:
-        have = {name: total.get(name, 0) for name in needed}
-        raise ConfigError(
-            f"resources: a trial takes {needed}, the cluster has {have}; lower workers or what each takes"
-        )
-    return min(fits) if resources.concurrent == "auto" else min(*fits, resources.concurrent)
+def _why(error: RayError) -> str:
+    """What Ray knows of a worker's death, in a line."""
+    if isinstance(error, OutOfMemoryError):
+        return f"its worker was ended because the node ran out of memory: {' '.join(str(error).split())[:600]}"
+    lines = [line.strip() for line in str(error).splitlines()]
+    about = dict(line.split(": ", 1) for line in lines if line.startswith(("pid: ", "ip: ")))
+    reason = next((line for line in lines if line.startswith("The actor is dead")), lines[0] if lines else "")
+    if "connection error" in reason:
+        reason = "killed by a signal (SIGKILL, by the kernel where memory ran out; SIGSEGV where native code crashed)"
+    where = f"process {about.get('pid', 'unknown')} on {about.get('ip', 'a node that Ray does not name')}"
+    return f"its worker died, {where}: {reason}; what it said last stands in Ray's logs under that number"

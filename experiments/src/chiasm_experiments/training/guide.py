@@ -6,7 +6,10 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+import torch
+
 from chiasm.errors import ChiasmError
+from chiasm_experiments.training.busy import Busy
 
 STEP = "step_seconds"
 """A metric that every step has, and nothing else."""
@@ -52,23 +55,27 @@ class Unguided:
         return True
 
 
-class Timed:
-    """A guide that also notes when the first step ended.
+class Measured:
+    """A guide that also notes when the first step ended, and how busy steps keep the device.
 
     Args:
         guide: asked and told all the same.
+        device: that trains.
     """
 
-    def __init__(self, guide: Guide) -> None:
+    def __init__(self, guide: Guide, device: torch.device) -> None:
         self.guide = guide
+        self.busy = Busy(device)
         self.started = time.perf_counter()
         self.first_step_seconds: float | None = None
         """From the start to the end of the first step that this process took; None where it took none."""
 
     def progress(self, what: str, step: int, steps: int, metrics: Mapping[str, float]) -> None:
         """Passes it on."""
-        if self.first_step_seconds is None and STEP in metrics:
-            self.first_step_seconds = time.perf_counter() - self.started
+        if STEP in metrics:
+            if self.first_step_seconds is None:
+                self.first_step_seconds = time.perf_counter() - self.started
+            self.busy.step()
         self.guide.progress(what, step, steps, metrics)
 
     def stopping(self) -> bool:

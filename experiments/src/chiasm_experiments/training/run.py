@@ -37,7 +37,7 @@ from chiasm_experiments.training.files import (
     remove_partial,
     write_json,
 )
-from chiasm_experiments.training.guide import Guide, StoppedError, Timed
+from chiasm_experiments.training.guide import Guide, Measured, StoppedError
 from chiasm_experiments.training.overview import overview
 from chiasm_experiments.training.rungs import PrunedError, Rungs
 from chiasm_experiments.training.shared import stage_folder
@@ -112,11 +112,11 @@ def execute(job: Job, guide: Guide, warm: WarmParts | None = None, workers: Work
         return manifest
     loggers = job.execution.loggers
     with Listeners(chosen(loggers) if workers.first else (), asked=loggers != "auto") as listeners:
-        return _execute(job, run, workers, Timed(guide), warm, listeners)
+        return _execute(job, run, workers, Measured(guide, workers.device), warm, listeners)
 
 
 def _execute(
-    job: Job, run: RunConfig, workers: Workers, guide: Timed, warm: WarmParts | None, listeners: Listeners
+    job: Job, run: RunConfig, workers: Workers, guide: Measured, warm: WarmParts | None, listeners: Listeners
 ) -> dict[str, Any]:
     folder = Path(job.folder)
     if workers.device.type == "cuda":
@@ -177,6 +177,7 @@ def _execute(
             "total": evaluated - started,
         },
         "first_step_seconds": guide.first_step_seconds,
+        "gpu_busy": guide.busy.share,
         "peak_gpu_bytes": torch.cuda.max_memory_allocated(workers.device) if workers.device.type == "cuda" else None,
     }
     if workers.first:

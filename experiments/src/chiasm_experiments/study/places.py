@@ -1,0 +1,139 @@
+"""The actors that execute trials: one worker's, reused, and the one that drives several through Ray Train."""
+
+from __future__ import annotations
+
+import gc
+import traceback
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import ray
+import torch
+
+from chiasm.errors import ChiasmError
+from chiasm_experiments.data.feed import FeatureMemo
+from chiasm_experiments.study.hub import HubGuide
+from chiasm_experiments.study.settings import Resources
+from chiasm_experiments.study.slots import memory_fraction
+from chiasm_experiments.training.cache import WarmParts
+from chiasm_experiments.training.guide import StoppedError
+from chiasm_experiments.training.run import Job, execute
+from chiasm_experiments.training.workers import Workers
+
+MEMO_BYTES = 2**30
+"""Memory of an actor for features of frozen encoders."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What became of a trial where it ran."""
+
+    status: Literal["complete", "pruned", "stopped", "failed", "lost"]
+    manifest: dict[str, Any] | None = None
+    error: str | None = None
+    reusable: bool = True
+    """Whether its process can be trusted with another trial."""
+    gpu_bytes: int | None = None
+    """Memory of its GPU."""
+
+
+@ray.remote
+class TrialActor:
+    """Executes one-worker trials one after the other, keeping frozen parts loaded.
+
+    Args:
+        threads: of torch.
+        share: of a GPU that other trials use too; None: there is no other.
+    """
+
+    def __init__(self, threads: int, share: float | None) -> None:
+        torch.set_num_threads(threads)
+        self.device = torch.device("cuda", 0) if ray.get_gpu_ids() else torch.device("cpu")
+        self.warm = WarmParts(FeatureMemo(MEMO_BYTES))
+        self.gpu_bytes = None
+        if self.device.type == "cuda":
+            self.gpu_bytes = torch.cuda.get_device_properties(self.device).total_memory
+            if share is not None:
+                torch.cuda.set_per_process_memory_fraction(memory_fraction(share, self.gpu_bytes), self.device)
+        gc.collect()
+        gc.freeze()  # what was imported stays, and later collections need not look at it
+
+    def run(self, job: Job, hub: Any, ticket: str) -> Result:
+        """Executes a trial."""
+        hub.enter.remote(ticket, 0, None)
+        try:
+            manifest = execute(job, HubGuide(hub, ticket), self.warm, Workers(0, 1, self.device))
+            return Result(manifest["status"], manifest, gpu_bytes=self.gpu_bytes)
+        except StoppedError:
+            return Result("stopped")
+        except Exception as error:
+            # after an error that is not ours, or for want of memory, nobody knows what the process still holds
+            clean = isinstance(error, ChiasmError) and not isinstance(error.__cause__, torch.OutOfMemoryError)
+            return Result("failed", error=traceback.format_exc(), reusable=clean)
+        finally:
+            if self.device.type == "cuda":
+                gc.collect()  # a model may be in cycles
+                torch.cuda.empty_cache()
+
+
+@ray.remote(num_cpus=0)
+class TrainerActor:
+    """Drives trials on several workers; holds no resource itself, so that it cannot starve its own workers.
+
+    Args:
+        resources: of a trial.
+        gpus: of each worker.
+    """
+
+    def __init__(self, resources: Resources, gpus: float) -> None:
+        self.resources = resources
+        self.gpus = gpus
+
+    def run(self, job: Job, hub: Any, ticket: str) -> Result:
+        """Executes a trial."""
+        from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+        cpus = self.resources.cpus_per_worker
+        per_worker = {"CPU": cpus} | ({"GPU": self.gpus} if self.gpus else {})
+        scaling = ScalingConfig(
+            num_workers=self.resources.workers, use_gpu=bool(self.gpus), resources_per_worker=per_worker
+        )
+        # whole GPUs speak NCCL; workers on the CPU or that share a device must not
+        backend = TorchConfig(backend="nccl" if self.gpus >= 1 else "gloo")
+        # the driver starts a trial again that lost a worker; an error of the trial itself is never tried again
+        failure = FailureConfig(max_failures=0, controller_failure_limit=1)
+        # the trial's own folder and the ticket, so that no other run's end can be taken for this one's
+        run_config = RunConfig(name=f"ray-{ticket.rpartition('#')[2]}", storage_path=job.folder, failure_config=failure)
+        config = {"job": asdict(job), "hub": hub, "ticket": ticket, "threads": max(1, int(cpus))}
+        try:
+            trainer = TorchTrainer(
+                train_loop,
+                train_loop_config=config,
+                scaling_config=scaling,
+                run_config=run_config,
+                torch_config=backend,
+            )
+            manifest: dict[str, Any] | None = trainer.fit().return_value
+        except TrainingFailedError as error:
+            raised: dict[int, str] = ray.get(hub.errors.remote(ticket))
+            # a worker that Ray saw fail and that raised nothing died; what others then raised is that they miss it
+            died = set(error.worker_failures) - set(raised) if isinstance(error, WorkerGroupError) else set()
+            if raised and not died:
+                return Result("failed", error=next(iter(raised.values())))
+            return Result("lost", error=f"its worker {', '.join(map(str, sorted(died))) or 'group'} died: {error}")
+        return Result(manifest["status"], manifest) if manifest is not None else Result("stopped")
+
+
+def train_loop(config: dict[str, Any]) -> dict[str, Any] | None:
+    """What Ray Train runs on each of several workers: the manifest, or None where the trial was stopped."""
+    hub, ticket, workers = config["hub"], config["ticket"], Workers.current()
+    torch.set_num_threads(config["threads"])
+    hub.enter.remote(ticket, workers.rank, ray.get_runtime_context().current_actor)
+    try:
+        return execute(Job(**config["job"]), HubGuide(hub, ticket))
+    except StoppedError:
+        return None
+    except Exception:
+        ray.get(hub.fail.remote(ticket, workers.rank, traceback.format_exc()))
+        raise
