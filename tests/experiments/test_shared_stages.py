@@ -337,9 +337,11 @@ def test_trials_that_would_wait_are_started_later(tmp_path):
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
     loaded = Study(tmp_path / "study.yaml")
     trials = make_trials(loaded, make_cells(loaded))
-    sharing = Sharing(trials, tmp_path / "trials")
+    sharing = Sharing(tmp_path / "trials", trials)
+    for trial in trials:
+        sharing.add(trial.name, trial)
     names = [trial.name for trial in trials]  # mlp slow, mlp fast, linear slow, linear fast; then seed 1
-    assert set(sharing.common.values()) == {1}
+    assert {sharing.common(name) for name in names} == {1}
     assert [sharing.would_wait(name, [names[0]]) for name in names] == [False, True] + [False] * 6
     assert [sharing.would_wait(name, [names[0], names[6]]) for name in names[1:]] == [True, *[False] * 5, True]
     done = tmp_path / "stages" / "key"

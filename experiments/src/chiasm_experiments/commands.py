@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 import click
 
 from chiasm_experiments.submit import submit
-from chiasm_experiments.watch import watch
 
 EXISTING = click.Path(exists=True, path_type=Path)
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
@@ -109,28 +109,66 @@ def train(run_file: Path, out: Path, settings: tuple[str, ...], as_json: bool) -
 @click.argument("study", type=EXISTING)
 @click.option("--out", type=NEW, help="Folder of the results. Default: $CHIASM_RUNS or runs/, then the study's name.")
 @click.option("--fresh", is_flag=True, help="Delete earlier results of this study first.")
+@click.option("--retry-failed", is_flag=True, help="Start trials that failed again, from their last checkpoints.")
+@click.option(
+    "--add-seeds",
+    type=COUNT,
+    default=None,
+    metavar="N",
+    help="N more seeds than the study has: for every cell, in a search for the best ones. Later calls remember them.",
+)
+@click.option("--only", metavar="CELL", help="Run only cells whose label has this in it; the others wait.")
 @as_json
-def sweep(study: Path, out: Path | None, fresh: bool, as_json: bool) -> None:
+def sweep(
+    study: Path,
+    out: Path | None,
+    fresh: bool,
+    retry_failed: bool,
+    add_seeds: int | None,
+    only: str | None,
+    as_json: bool,
+) -> None:
     """Run every trial of a STUDY file through Ray and write its report.
 
     Invalid cells and unreadable data stop it before anything runs. Call it again to take up what was interrupted:
-    finished trials are kept. Set RAY_ADDRESS to use a running cluster. Exits with 1 if a trial failed.
+    finished trials are kept, others go on from their checkpoints. The study may be edited in between: what changed is
+    said, and what is still valid is kept. Several calls at once share the work. Set RAY_ADDRESS to use a running
+    cluster.
+
+    Ctrl-C or SIGTERM let running trials write a checkpoint first; a second Ctrl-C ends them at once.
+
+    Exits with 0 if all trials ended well, 1 if one failed or too many did, 130 after Ctrl-C, 143 after SIGTERM.
     """
     from chiasm_experiments.folders import expect_study
     from chiasm_experiments.report import write_report
-    from chiasm_experiments.study.driver import sweep as run_study
+    from chiasm_experiments.study.sweep import Options
+    from chiasm_experiments.study.sweep import sweep as run_study
 
     expect_study(study)
-    ended = run_study(study, out, fresh=fresh, say=lambda line: click.echo(line, err=as_json))
-    if not ended.complete:
+    options = Options(fresh, retry_failed, add_seeds or 0, only)
+    again = shlex.join(["chiasm", "sweep", str(study), *(["--out", str(out)] if out is not None else [])])
+    try:
+        ended = run_study(study, out, options, say=lambda line: click.echo(line, err=as_json))
+    except KeyboardInterrupt:
+        click.echo(f"ended at once; `{again}` goes on from the last checkpoints", err=True)
+        raise SystemExit(130) from None
+    if ended.exit_code:
+        click.echo(f"{ended.stopped}: {ended.complete} trials are complete, {ended.left} are left; `{again}` goes on")
+        raise SystemExit(ended.exit_code)
+    if not ended.complete and ended.failed:
         raise click.ClickException(f"all {ended.failed} trials failed; the first error is in {ended.folder}/trials")
+    if not ended.complete:
+        raise click.ClickException(f"no trial was finished; {ended.left} are left, and `{again}` goes on")
     report = write_report(ended.folder)
     if as_json:
         values = {"folder": str(ended.folder), "report": str(report.html), "complete": ended.complete}
-        click.echo(json.dumps(values | {"failed": ended.failed}))
+        values |= {"pruned": ended.pruned, "failed": ended.failed, "left": ended.left, "stopped": ended.stopped}
+        click.echo(json.dumps(values))
     else:
         click.echo(report.markdown.read_text(encoding="utf-8").partition("\n## Effects")[0].rstrip())
         click.echo(f"\nreport: {report.html}")
+        if ended.left:
+            click.echo(f"{ended.left} trials are left: {ended.stopped or 'they were not asked for'}; `{again}` goes on")
     if ended.failed:
         raise SystemExit(1)
 
@@ -200,4 +238,4 @@ def _print_scores(manifest: dict[str, Any], folder: Path, as_json: bool) -> None
     click.echo(f"manifest: {folder / 'manifest.json'}")
 
 
-COMMANDS = (plan, train, sweep, submit, watch, evaluate, report, ask)
+COMMANDS = (plan, train, sweep, submit, evaluate, report, ask)

@@ -23,7 +23,7 @@ from chiasm_experiments.study.objective import directions
 from chiasm_experiments.study.presence import Presence, ProcessLock
 
 TRIAL, SEED, FIDELITY, LEVELS, CELL = "trial", "seed", "fidelity", "levels", "cell"
-DRIVER, STARTED, UNITS, COST = "driver", "started", "units", "cost_hours"
+HELD, COST = "held", "cost_hours"
 SKIPPED, REPEATED, WARM, ADDED, ERROR, RUNGS = "skipped", "repeated", "warm_start", "added", "error", "rungs"
 """User attributes of Optuna's trials."""
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
@@ -134,8 +134,13 @@ class Record:
             LEVELS: dict(trial.cell.levels),
         }
 
-    def take(self, waiting: FrozenTrial) -> optuna.Trial | None:
-        """A waiting trial, running and this driver's now; None where another was quicker."""
+    def take(self, waiting: FrozenTrial, units: float) -> optuna.Trial | None:
+        """A waiting trial, running and this driver's now; None where another was quicker.
+
+        Args:
+            waiting: the trial.
+            units: GPUs that it takes, or CPUs where it takes no GPU.
+        """
         with self.lock:
             try:
                 taken = self.storage.set_trial_state_values(waiting._trial_id, state=TrialState.RUNNING)
@@ -143,16 +148,20 @@ class Record:
                 return None
             if not taken:
                 return None
-            return self.hold(optuna.Trial(self.studies[waiting.user_attrs[FIDELITY]], waiting._trial_id))
+            return self.hold(optuna.Trial(self.studies[waiting.user_attrs[FIDELITY]], waiting._trial_id), units)
 
-    def hold(self, running: optuna.Trial) -> optuna.Trial:
-        """Notes that a running trial is this driver's; the lock is held."""
-        running.set_user_attr(DRIVER, self.presence.id)
-        running.set_user_attr(STARTED, time.time())
+    def hold(self, running: optuna.Trial, units: float | None = None) -> optuna.Trial:
+        """Notes that a running trial is this driver's from now on; the lock is held, or it was this driver's before.
+
+        Args:
+            running: the trial.
+            units: GPUs or CPUs that it takes; None: nothing yet, which costs nothing.
+        """
+        running.set_user_attr(HELD, {"driver": self.presence.id, "since": time.time(), "units": units})
         return running
 
     def orphans(self) -> list[optuna.Trial]:
-        """The running trials whose drivers died, this driver's now. Their lost time counts as spent."""
+        """The running trials whose drivers died, this driver's now. Their time up to then counts as spent."""
         with self.lock:
             found = [
                 (study, trial)
@@ -163,34 +172,17 @@ class Record:
             taken = []
             for study, frozen in found:
                 trial = optuna.Trial(study, frozen._trial_id)
-                holder = frozen.user_attrs.get(DRIVER)
-                if holder is not None:
-                    self.pay(trial, self.presence.seen(holder))
+                held = trial.user_attrs.get(HELD)
+                if held is not None:
+                    self._pay(trial, self.presence.seen(held["driver"]))
                 taken.append(self.hold(trial))
             self.presence.forget_dead()
             return taken
 
     def let_go(self, running: optuna.Trial) -> None:
         """Leaves a running trial to whoever comes next."""
-        self.pay(running)
-        running.set_user_attr(DRIVER, None)
-
-    def pay(self, running: optuna.Trial, until: float | None = None) -> None:
-        """Adds the time since a trial was started to what it cost so far.
-
-        Args:
-            running: the trial.
-            until: seconds of the epoch; None: now, or where nobody holds it nothing.
-        """
-        started = running.user_attrs.get(STARTED)
-        if started is None:
-            return
-        end = time.time() if until is None and running.user_attrs.get(DRIVER) == self.presence.id else until
-        if end is not None:
-            hours = running.user_attrs.get(UNITS, 1.0) * max(0.0, end - started) / 3600
-            spent = running.user_attrs.get(COST, 0.0) + hours
-            running.set_user_attr(COST, spent)
-        running.set_user_attr(STARTED, None)
+        self._pay(running, time.time())
+        running.set_user_attr(HELD, None)
 
     def end(
         self,
@@ -200,7 +192,7 @@ class Record:
         attributes: Mapping[str, Any] | None = None,
     ) -> None:
         """Tells Optuna how a trial ended; its files are complete before."""
-        self.pay(running)
+        self._pay(running, time.time())
         for name, value in (attributes or {}).items():
             running.set_user_attr(name, value)
         running.study.tell(running, values, state=state, skip_if_finished=True)
@@ -208,7 +200,7 @@ class Record:
     def others_run(self) -> int:
         """How many trials other living drivers run."""
         running = [t for s in self.studies.values() for t in s.get_trials(deepcopy=False, states=(TrialState.RUNNING,))]
-        return sum(trial.user_attrs.get(DRIVER) != self.presence.id and self._held(trial) for trial in running)
+        return sum(self._held(trial) and trial.user_attrs[HELD]["driver"] != self.presence.id for trial in running)
 
     def ways(self, fidelity: str) -> list[str]:
         """The directions that Optuna's study of a fidelity has."""
@@ -238,8 +230,21 @@ class Record:
         return float(self.studies[self.fidelities[0]].user_attrs.get(SPENT, 0.0))
 
     def _held(self, trial: FrozenTrial) -> bool:
-        driver = trial.user_attrs.get(DRIVER)
-        return driver is not None and (driver == self.presence.id or self.presence.lives(driver))
+        held = trial.user_attrs.get(HELD)
+        return held is not None and (held["driver"] == self.presence.id or self.presence.lives(held["driver"]))
+
+    @staticmethod
+    def _pay(running: optuna.Trial, until: float | None) -> None:
+        """Adds what a trial took since it was started to what it cost so far.
+
+        Args:
+            running: the trial.
+            until: seconds of the epoch; None: unknown.
+        """
+        held = running.user_attrs.get(HELD)
+        if held is not None and held["units"] and until is not None:
+            hours = held["units"] * max(0.0, until - held["since"]) / 3600
+            running.set_user_attr(COST, running.user_attrs.get(COST, 0.0) + hours)
 
     def _name(self, fidelity: str) -> str:
         words = [self.config.name]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,17 +20,29 @@ class Sharing:
     """What the trials of one study have in common.
 
     Args:
-        trials: all of the study.
-        folder: of its trials' folders.
+        folder: of the trials' folders.
+        trials: all of the study; None where they are not known beforehand, and any may share any stage.
     """
 
-    def __init__(self, trials: Sequence[Trial], folder: Path) -> None:
+    def __init__(self, folder: Path, trials: Iterable[Trial] | None) -> None:
         self.folder = folder
-        self.stages = {trial.name: [stage.name for stage in trial.run.stages] for trial in trials}
-        self.prefixes = {trial.name: prefixes(trial.run) for trial in trials}
-        owners = Counter(prefix for own in self.prefixes.values() for prefix in own)
-        self.common = {name: sum(owners[prefix] > 1 for prefix in own) for name, own in self.prefixes.items()}
-        """For each trial how many of its first stages another has too."""
+        self.stages: dict[str, list[str]] = {}
+        self.prefixes: dict[str, list[str]] = {}
+        self._owners: Counter[str] | None = None
+        if trials is not None:
+            self._owners = Counter(prefix for trial in trials for prefix in prefixes(trial.run))
+
+    def add(self, name: str, trial: Trial) -> None:
+        """Tells of a trial under its name in the folder, before anything is asked about it."""
+        if name not in self.stages:
+            self.stages[name] = [stage.name for stage in trial.run.stages]
+            self.prefixes[name] = prefixes(trial.run)
+
+    def common(self, name: str) -> int | None:
+        """How many of a trial's first stages another has too; None: any of them may be another's."""
+        if self._owners is None:
+            return None
+        return sum(self._owners[prefix] > 1 for prefix in self.prefixes[name])
 
     def would_wait(self, name: str, running: Iterable[str]) -> bool:
         """Whether a trial's first common stage that is not finished is being trained by a running one."""

@@ -23,13 +23,12 @@ from chiasm_experiments.study.presence import Presence, ProcessLock
 from chiasm_experiments.study.record import (
     ADDED,
     COST,
-    DRIVER,
     FIDELITY,
     FINISHED,
+    HELD,
     LEVELS,
     SEED,
     SKIPPED,
-    STARTED,
     TRIAL,
     Record,
     delete_record,
@@ -187,7 +186,7 @@ class State:
             trial = self.source.trial(frozen)
             if trial is None:
                 continue
-            attributes = {name: value for name, value in frozen.user_attrs.items() if name not in (DRIVER, STARTED)}
+            attributes = {name: value for name, value in frozen.user_attrs.items() if name != HELD}
             attributes |= record.attributes(trial)
             state, values = frozen.state, frozen.values
             if state == TrialState.RUNNING:  # its driver is gone; it goes on from its checkpoint
