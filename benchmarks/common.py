@@ -24,6 +24,7 @@ def write_result(
     ratio: float | None = None,
     machine: str | None = None,
     versions: dict[str, str] | None = None,
+    write: bool = True,
 ) -> None:
     """Writes benchmarks/results/NAME.json: command, versions, machine, figures, what was asked, and if it was met.
 
@@ -35,6 +36,7 @@ def write_result(
         ratio: ours to the peer's.
         machine: where it was measured; None: here.
         versions: with which it was measured; None: those installed here.
+        write: whether the file is written; else it is only printed.
     """
     result = {
         "command": shlex.join(["python", *(str(relative(word)) for word in sys.argv)]),
@@ -45,8 +47,9 @@ def write_result(
         "asked": asked,
         "met": met,
     }
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    if write:
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
 
 

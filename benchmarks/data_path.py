@@ -6,7 +6,7 @@ rate counts everything from the start of the processes to the last batch. Withou
 what the GPU would compute, bytes to normalised pixels, is left out.
 
     python benchmarks/data_path.py            after stage1_135m.py on the same machine, whose results it reads
-    python benchmarks/data_path.py --small    anywhere, few images; prints only
+    python benchmarks/data_path.py --tiny     anywhere, few images; prints only
 """
 
 from __future__ import annotations
@@ -106,24 +106,24 @@ def consumers() -> dict[str, float]:
     """Samples a second that training takes, by its benchmark's result."""
     file = RESULTS / "stage1_135m.json"
     if not file.is_file():
-        raise SystemExit(f"{file} is missing; run benchmarks/stage1_135m.py first, or give --small")
+        raise SystemExit(f"{file} is missing; run benchmarks/stage1_135m.py first, or give --tiny")
     figures = json.loads(file.read_text())["figures"]
     names = {"live": "without the cache", "stored": "with the cache"}
     return {ours: figures[theirs]["samples_per_second"] for ours, theirs in names.items()}
 
 
-def main(small: bool) -> None:
-    taken = {} if small else consumers()
+def main(tiny: bool) -> None:
+    taken = {} if tiny else consumers()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cores = len(os.sched_getaffinity(0))
-    counts = [0, 2] if small else [n for n in (1, 2, 4, 8, 12, 16, 24, 32) if n <= cores]
-    with captions(64 if small else 512) as data:
+    counts = [0, 2] if tiny else [n for n in (1, 2, 4, 8, 12, 16, 24, 32) if n <= cores]
+    with captions(64 if tiny else 512) as data:
         run = make_run(data)
         vlm = build_vlm(run)
         place(vlm, run, device)
         vlm.set_trained(run.stages[0].train)
-        given = measure(vlm, run, device, counts, *((64, 64) if small else (384, 256)))
-    if small:
+        given = measure(vlm, run, device, counts, *((64, 64) if tiny else (384, 256)))
+    if tiny:
         return
     best = {name: max(rates.values()) for name, rates in given.items()}
     ratios = {name: best[name] / taken[name] for name in best}
@@ -138,5 +138,5 @@ def main(small: bool) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--small", action="store_true", help="few images; writes no result")
-    main(parser.parse_args().small)
+    parser.add_argument("--tiny", action="store_true", help="few images; writes no result")
+    main(parser.parse_args().tiny)

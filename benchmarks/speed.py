@@ -3,20 +3,26 @@
 The peer is transformers' LlavaForConditionalGeneration with its stock step: scaled dot-product attention, bfloat16,
 encoder and language model frozen, fused AdamW on the projector, the same batch and lengths.
 
+Every benchmark that is made of these takes `--tiny`: the same steps with models of a few hundred weights, wherever it
+is run, to see that it works. It prints what it finds and writes no result.
+
 Shape letters: B samples, T positions.
 """
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import random
+import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +32,7 @@ import transformers
 from chiasm.batch import Batch
 from chiasm.build import build_vlm
 from chiasm.config import RunConfig
+from chiasm.features import Features
 from chiasm.prompt import IGNORE, Position, Prompt
 from chiasm.vlm import VLM
 from chiasm_experiments.training.execution import Execution
@@ -38,16 +45,87 @@ from chiasm_experiments.training.run import Job
 TEXT, ANSWER = 64, 48
 """Positions beside the image's, and those of them that are supervised."""
 
-CLIP = {"name": "clip", "layers": -2}
-DINO = {"name": "dinov2", "shape": {"image_size": 336}, "layers": -2}
-SHAPES: dict[str, dict[str, Any]] = {
-    "mistral-7b": {},
-    "135m": {"width": 576, "depth": 30, "heads": 9, "kv_heads": 3, "mlp_width": 1536, "vocabulary": 49152},
-}
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def make_run(llm: str, batch: int, **vision: Any) -> RunConfig:
-    """Stage 1: the connector learns between a frozen encoder and a frozen language model."""
+@dataclass(frozen=True)
+class Scale:
+    """How large models are, and how long is measured.
+
+    Args:
+        encoders: by name.
+        llms: shapes by name.
+        edge: pixels of an encoder's image.
+        grid: of its patches.
+        width: of its features.
+        seconds: of a measurement, to the real one's.
+    """
+
+    encoders: dict[str, dict[str, Any]]
+    llms: dict[str, dict[str, Any]]
+    edge: int
+    grid: tuple[int, int]
+    width: int
+    seconds: float = 1.0
+
+    @property
+    def visual(self) -> int:
+        """Visual tokens of an image."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def tiny(self) -> bool:
+        """Whether it is only to be seen that all works."""
+        return self.seconds < 1
+
+
+LARGE = {"image_size": 336, "patch_size": 14, "width": 1024, "depth": 24, "heads": 16, "mlp_width": 4096}
+SMALL = {"image_size": 28, "patch_size": 14, "width": 8, "depth": 2, "heads": 2, "mlp_width": 8}
+SMALL_LLM = {"width": 32, "depth": 2, "heads": 4, "kv_heads": 2, "mlp_width": 48, "context_length": 2048}
+REAL = Scale(
+    {
+        "clip": {"name": "clip", "layers": -2},
+        "dinov2": {"name": "dinov2", "shape": {"image_size": 336}, "layers": -2},
+        "siglip": {"name": "siglip", "shape": LARGE, "layers": -2},
+    },
+    {
+        "mistral-7b": {},
+        "135m": {"width": 576, "depth": 30, "heads": 9, "kv_heads": 3, "mlp_width": 1536, "vocabulary": 49152},
+    },
+    edge=336,
+    grid=(24, 24),
+    width=1024,
+)
+TINY = Scale(
+    {name: {"name": name, "shape": SMALL, "layers": -2} for name in ("clip", "dinov2", "siglip")},
+    {"mistral-7b": SMALL_LLM, "135m": SMALL_LLM},
+    edge=28,
+    grid=(2, 2),
+    width=8,
+    seconds=0.05,
+)
+
+
+def asked_scale(about: str | None) -> Scale:
+    """The scale that the command line asks for.
+
+    Raises:
+        SystemExit: real models are asked for and there is no GPU.
+    """
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true", help="small models, anywhere; writes no result")
+    if parser.parse_args().tiny:
+        torch.set_num_threads(1)  # threads of models this small only wait for each other
+        return TINY
+    if DEVICE.type != "cuda":
+        raise SystemExit("there is no GPU; give --tiny to see whether it works")
+    return REAL
+
+
+def make_run(
+    llm: str, batch: int, scale: Scale = REAL, encoders: Sequence[str] = ("clip",), **vision: Any
+) -> RunConfig:
+    """Stage 1: the connector learns between frozen encoders and a frozen language model."""
     name = "mistral" if llm == "mistral-7b" else "causal"
     stage = {
         "name": "pretrain", "data": {"name": "world", "task": "captions", "size": batch},
@@ -55,8 +133,8 @@ def make_run(llm: str, batch: int, **vision: Any) -> RunConfig:
     }  # fmt: skip
     return RunConfig.model_validate(
         {
-            "vision": {"encoders": [CLIP], "adapter": "mlp"} | vision,
-            "llm": {"name": name, "shape": SHAPES[llm], "tokenizer": "bytes"},
+            "vision": {"encoders": [scale.encoders[encoder] for encoder in encoders], "adapter": "mlp"} | vision,
+            "llm": {"name": name, "shape": scale.llms[llm], "tokenizer": "bytes"},
             "stages": [stage],
             "system": "",
         }
@@ -64,32 +142,45 @@ def make_run(llm: str, batch: int, **vision: Any) -> RunConfig:
 
 
 def make_model(run: RunConfig) -> VLM:
-    """A run's model on the GPU, drawn there, since a CPU takes minutes for seven billion numbers."""
-    device = torch.device("cuda")
-    with device:
+    """A run's model on the device, drawn there, since a CPU takes minutes for seven billion numbers."""
+    with DEVICE:
         vlm = build_vlm(run)
-    place(vlm, run, device)
-    gc.collect()
-    torch.cuda.empty_cache()
+    place(vlm, run, DEVICE)
+    free()
     return vlm
 
 
-def prompt(vlm: VLM, visual: int, generator: torch.Generator, text: int = TEXT, answer: int = ANSWER) -> Prompt:
-    """One sample: an image's place of `visual` positions and `text` others, the last `answer` of them supervised."""
-    ids = torch.randint(vlm.llm.geometry.vocabulary, (text - 2,), generator=generator).tolist()
-    kinds = [Position.LEARNED, *[Position.VISUAL] * visual, Position.LEARNED] if visual else [Position.TEXT] * 2
-    head = len(kinds)
+def some_features(images: int, scale: Scale) -> Features:
+    """Features of one encoder for some images, on the device."""
+    dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+    return Features(torch.randn(images, 1, scale.visual, scale.width, device=DEVICE, dtype=dtype), scale.grid)
+
+
+def some_pixels(images: int, scale: Scale) -> torch.Tensor:
+    """Pixels of some images, on the device."""
+    dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+    return torch.randn(images, 3, scale.edge, scale.edge, device=DEVICE, dtype=dtype)
+
+
+def prompt(
+    vlm: VLM, visual: int, generator: torch.Generator, text: int = TEXT, answer: int = ANSWER, images: int = 1
+) -> Prompt:
+    """One sample: places of `visual` positions for each image and `text` others, the last `answer` supervised."""
+    images = images if visual else 0
+    ids = torch.randint(vlm.llm.geometry.vocabulary, (text - 2 * images,), generator=generator).tolist()
+    place_ids = [0, *[0] * visual, 1] * images
+    kinds = [Position.LEARNED, *[Position.VISUAL] * visual, Position.LEARNED] * images
     return Prompt(
         "sample",
-        [(visual,)] if visual else (),
-        [0, *[0] * visual, 1, *ids] if visual else [1, 2, *ids],
+        [(visual,)] * images,
+        [*place_ids, *ids],
         [*kinds, *[Position.TEXT] * len(ids)],
-        [*[IGNORE] * (head + len(ids) - answer), *ids[-answer:]],
+        [*[IGNORE] * (len(kinds) + len(ids) - answer), *ids[-answer:]],
     )
 
 
 def our_step(vlm: VLM, run: RunConfig, batches: Callable[[], Batch]) -> Callable[[], Any]:
-    """One optimiser step of stage 1 on what `batches` gives, which lies on the GPU."""
+    """One optimiser step of stage 1 on what `batches` gives, which lies on the device."""
     vlm.set_trained(run.stages[0].train)
     vlm.train()
     optimizer = make_optimizer(vlm, run.stages[0])
@@ -97,7 +188,7 @@ def our_step(vlm: VLM, run: RunConfig, batches: Callable[[], Batch]) -> Callable
 
     def step() -> Any:
         batch = batches()
-        with autocast(run, torch.device("cuda")):
+        with autocast(run, DEVICE):
             loss, tokens = vlm(batch)
         (loss / int(tokens)).backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -133,8 +224,13 @@ def _draw(path: Path) -> None:
     Image.frombytes("RGB", (80, 60), noise).resize((640, 480), Image.Resampling.BICUBIC).save(path, quality=90)
 
 
-def loop(run: RunConfig, data: dict[str, Any], epochs: int, **execution: Any) -> dict[str, float]:
-    """What `chiasm train` does with a data set on the disk: the middle step of the last epoch, in samples a second."""
+def loop(
+    run: RunConfig, data: dict[str, Any], epochs: int, trace: Path | None = None, **execution: Any
+) -> dict[str, float]:
+    """What `chiasm train` does with a data set on the disk: the middle step of the last epoch, in samples a second.
+
+    With `profile` among the settings `trace` is where the trace goes.
+    """
     values = run.model_dump(mode="json")
     values["stages"][0] |= {"data": [data], "steps": None, "epochs": epochs}
     with tempfile.TemporaryDirectory() as folder:
@@ -147,25 +243,28 @@ def loop(run: RunConfig, data: dict[str, Any], epochs: int, **execution: Any) ->
         manifest = run_here(Job(checked.model_dump(mode="json"), f"{folder}/run", labels, settings), quiet=True)
         seconds = time.perf_counter() - started
         rows = [json.loads(line) for line in (Path(folder) / "run" / METRICS).read_text().splitlines()]
+        if trace is not None:
+            shutil.copyfile(Path(folder) / "run" / "profile" / "trace.json", trace)
     last = rows[-(len(rows) // epochs) + 2 :]
     print(json.dumps({"cache": manifest.get("cache"), "compiled": manifest.get("compiled")}), flush=True)
     middle = {name: statistics.median(row[name] for row in last) for name in ("samples_per_second", "data_wait")}
+    peak = manifest["peak_gpu_bytes"]
     return middle | {
         "least": min(row["samples_per_second"] for row in last),
         "steps": len(last),
-        "peak_gib": manifest["peak_gpu_bytes"] / 2**30,
+        "peak_gib": None if peak is None else peak / 2**30,
         "seconds_in_all": seconds,
     }
 
 
-def make_peer(llm: str) -> torch.nn.Module:
-    """The peer's model on the GPU in bfloat16, everything but its projector frozen."""
-    shape = SHAPES[llm]
-    if llm == "mistral-7b":
+def make_peer(llm: str, scale: Scale = REAL) -> torch.nn.Module:
+    """The peer's model on the device in bfloat16, everything but its projector frozen."""
+    shape = scale.llms[llm]
+    if not shape:
         text: Any = transformers.MistralConfig()
     else:
         text = transformers.LlamaConfig(
-            vocab_size=shape["vocabulary"],
+            vocab_size=shape.get("vocabulary", 512),
             hidden_size=shape["width"],
             intermediate_size=shape["mlp_width"],
             num_hidden_layers=shape["depth"],
@@ -173,15 +272,17 @@ def make_peer(llm: str) -> torch.nn.Module:
             num_key_value_heads=shape["kv_heads"],
             max_position_embeddings=2048,
         )
+    seen = SMALL if scale.tiny else LARGE
     vision = transformers.CLIPVisionConfig(
-        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,
-        patch_size=14, projection_dim=768,
+        hidden_size=seen["width"], intermediate_size=seen["mlp_width"], num_hidden_layers=seen["depth"],
+        num_attention_heads=seen["heads"], image_size=seen["image_size"], patch_size=seen["patch_size"],
+        projection_dim=768,
     )  # fmt: skip
     config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=text.vocab_size - 1)
     earlier = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        with torch.device("cuda"):
+        with DEVICE:
             model = transformers.LlavaForConditionalGeneration(config)
     finally:
         torch.set_default_dtype(earlier)
@@ -190,12 +291,13 @@ def make_peer(llm: str) -> torch.nn.Module:
     return model.train()
 
 
-def peer_step(model: Any, batch: int, visual: int = 576) -> Callable[[], Any]:
-    """The stock training step of the peer on a batch that lies on the GPU."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, fused=True)
-    pixels = torch.randn(batch, 3, 336, 336, device="cuda", dtype=torch.bfloat16)
+def peer_step(model: Any, batch: int, scale: Scale = REAL) -> Callable[[], Any]:
+    """The stock training step of the peer on a batch that lies on the device."""
+    learning = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learning, lr=1e-3, fused=DEVICE.type == "cuda")
+    pixels, visual = some_pixels(batch, scale).to(torch.bfloat16), scale.visual
     image = model.config.image_token_id
-    ids_BT = torch.randint(image, (batch, visual + TEXT), device="cuda")
+    ids_BT = torch.randint(image, (batch, visual + TEXT), device=DEVICE)
     ids_BT[:, 1 : 1 + visual] = image
     labels_BT = ids_BT.clone()
     labels_BT[:, :-ANSWER] = IGNORE
@@ -216,34 +318,41 @@ def rate(step: Callable[[], Any], samples: int, *, warm: int = 3, least: float =
     """Samples a second of a step over at least some seconds, and the most memory it took, in GiB."""
     for _ in range(warm):
         step()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
+    wait()
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     started, steps = time.perf_counter(), 0
     while time.perf_counter() - started < least:
         for _ in range(4):
             step()
             steps += 1
-        torch.cuda.synchronize()
+        wait()
     seconds = (time.perf_counter() - started) / steps
     return {
         "samples_per_second": samples / seconds,
         "step_ms": 1000 * seconds,
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if DEVICE.type == "cuda" else 0.0,
     }
 
 
+def wait() -> None:
+    """Until the device has done what it was given."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
 def matrix_rate(size: int = 8192) -> float:
-    """Operations a second of the chip's best bfloat16 matrix product of a few large sizes."""
+    """Operations a second of the chip's best bfloat16 matrix product of a few sizes about one."""
     best = 0.0
-    for m, k, n in ((size, size, size), (10240, 4096, 14336), (16384, 8192, 8192)):
-        a, b = (torch.randn(*shape, device="cuda", dtype=torch.bfloat16) for shape in ((m, k), (k, n)))
+    for m, k, n in ((size, size, size), (size * 5 // 4, size // 2, size * 7 // 4), (2 * size, size, size)):
+        a, b = (torch.randn(*shape, device=DEVICE, dtype=torch.bfloat16) for shape in ((m, k), (k, n)))
         for _ in range(5):
             a @ b
-        torch.cuda.synchronize()
+        wait()
         started = time.perf_counter()
         for _ in range(30):
             a @ b
-        torch.cuda.synchronize()
+        wait()
         best = max(best, 30 * 2 * m * k * n / (time.perf_counter() - started))
     return best
 
@@ -252,4 +361,5 @@ def free() -> None:
     """Gives back the memory of what is no longer used."""
     gc.collect()
     torch.compiler.reset()
-    torch.cuda.empty_cache()
+    if DEVICE.type == "cuda":
+        torch.cuda.empty_cache()
