@@ -82,4 +82,9 @@ def test_an_encoder_that_does_not_say_leaves_the_estimate_out():
     assert plan.cost.stages["s"].flops > 0
     (row,) = [line for line in plans_as_text([("one", plan)], SampleSize(), 1.0).splitlines() if "  one  " in line]
     assert "GiB" not in row
-    assert registry().load("encoder", "blind").activation_bytes(_tiny("blind", -1)[1]) == 0
+    # one without parameters has nothing to say
+    clip, blind = {"name": "clip", "shape": {"image_size": 16, "patch_size": 4}}, {"name": "blind"}
+    one, two = (
+        _plan(encoders, ["adapter", "encoders"]).cost.stages["s"].memory for encoders in ([clip], [clip, blind])
+    )
+    assert 0 < two.kept - one.kept < 3 * 2 * 16 * 1024  # wider tokens for the adapter, three views of 16

@@ -184,6 +184,8 @@ def encoder_bytes(run: RunConfig) -> int | None:
     total = 0
     for ref in run.vision.encoders:
         cls, config = resolve("encoder", ref)
+        if not cls.spec(config).parameters:
+            continue  # nothing in it learns
         kept: int | None = cls.activation_bytes(config)
         if kept is None:
             return None

@@ -58,10 +58,6 @@ class BlindEncoder(Encoder):
         )
 
     @classmethod
-    def activation_bytes(cls, config: EncoderConfig) -> int | None:
-        return 0
-
-    @classmethod
     def build(cls, config: EncoderConfig) -> Self:
         assert isinstance(config, BlindConfig)
         return cls(config)
