@@ -59,16 +59,22 @@ def tiled(make_vlm):
     return make
 
 
-def test_the_grid_is_the_one_that_llava_next_chooses():
+@pytest.mark.parametrize(
+    "grids",
+    [LLAVA_NEXT, candidate_grids(image_config(max_tiles=6)), candidate_grids(image_config(max_tiles=6))[::-1]],
+    ids=["LLaVA-NeXT's", "up to six", "large ones first"],
+)
+@pytest.mark.parametrize("tile", [(336, 336), (8, 12)])
+def test_the_grid_is_the_one_that_llava_next_chooses(tile, grids):
+    """Where two canvases keep as much of an image, the one that wastes less, in whatever order they are given."""
     from transformers.image_processing_utils import select_best_resolution
 
     rng = np.random.default_rng(1)
-    for tile in ((336, 336), (8, 12)):
-        canvases = [[rows * tile[0], columns * tile[1]] for rows, columns in LLAVA_NEXT]
-        for height, width in rng.integers(1, 3000, (300, 2)).tolist():
-            rows, columns = best_grid((height, width), tile, LLAVA_NEXT)
-            wanted = select_best_resolution((height, width), canvases)
-            assert [rows * tile[0], columns * tile[1]] == list(wanted), (height, width, tile)
+    canvases = [[rows * tile[0], columns * tile[1]] for rows, columns in grids]
+    for height, width in np.exp(rng.uniform(0, 8, (300, 2))).astype(int).tolist():
+        rows, columns = best_grid((height, width), tile, grids)
+        wanted = select_best_resolution((height, width), canvases)
+        assert [rows * tile[0], columns * tile[1]] == list(wanted), (height, width, tile)
 
 
 @pytest.mark.parametrize(
