@@ -208,3 +208,19 @@ def test_every_distribution_is_typed_and_names_its_entry_point():
         assert project["name"] == package.replace("_", "-")
         if package != "chiasm":
             assert list(project["entry-points"]["chiasm"].values()) == [f"{package}.plugin"]
+
+
+@pytest.mark.slow
+def test_the_study_of_the_readme_can_run(tmp_path):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (study,) = [
+        block for block in re.findall(r"^```yaml\n(.*?)^```$", text, re.DOTALL | re.MULTILINE) if "factors:" in block
+    ]
+    base = ROOT / "experiments" / "studies" / re.search(r"^base: (\S+)", study, re.MULTILINE)[1]
+    file = tmp_path / "study.yaml"
+    file.write_text(re.sub(r"^base: \S+", f"base: {base}", study, flags=re.MULTILINE))
+    command = [sys.executable, "-m", "chiasm.cli", "plan", str(file), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    cells = json.loads(done.stdout)["cells"]
+    assert [cell["valid"] for cell in cells] == [True] * 4

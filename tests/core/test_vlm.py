@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -80,6 +82,23 @@ def test_padding_and_neighbours_change_nothing(make_vlm, pad):
     for b, (sample, images) in enumerate([(IMAGE, pixels[:1]), (TEXT, None), (TWO, pixels[1:])]):
         alone = collate(prompts(vlm, sample), [] if images is None else [images])
         torch.testing.assert_close(logits[b][together.mask_BT[b]], vlm.logits(alone)[0], rtol=0, atol=1e-5)
+
+
+def test_each_encoder_sees_its_own_pixels_and_stands_in_its_own_place(make_vlm):
+    vlm = make_vlm(2)
+    with torch.no_grad():
+        vlm.encoders[1].weight.fill_(-2.0)
+    pixels = [torch.randn(3, 3, 8, 8), torch.randn(3, 3, 8, 8)]
+    wanted = torch.empty(3, 8, 3)
+    for i, (k, weight) in itertools.product(range(3), enumerate([1.0, -2.0])):
+        for row, column in itertools.product(range(2), repeat=2):
+            quarter = pixels[k][i, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4]
+            wanted[i, 4 * k + 2 * row + column] = weight * quarter.mean(dim=(1, 2))
+    matrix = vlm.adapter.matrix
+    wanted = wanted @ matrix.weight.T + matrix.bias
+    torch.testing.assert_close(vlm.see(pixels), wanted, rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match="images for 1 encoders, the model has 2"):
+        vlm.see(pixels[:1])
 
 
 def test_features_may_stand_for_pixels(make_vlm):
