@@ -23,6 +23,7 @@ def cli() -> None:
     chiasm new encoder NAME        a package of your own, to be changed
     chiasm check encoder NAME      does a component keep its contract?
     chiasm plan STUDY.yaml         what would run, and what cannot
+    chiasm train RUN.yaml --out F  one run, here
     chiasm sweep STUDY.yaml        run it and write the report
     chiasm ask RUN IMAGE QUESTION  talk to a trained run
     """
@@ -32,9 +33,10 @@ def cli() -> None:
 @click.argument("kind", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for a machine.")
 def plugins(kind: str | None, as_json: bool) -> None:
-    """List installed components, of one KIND or of all, without importing them.
+    """List installed components, without importing them.
 
-    Exits with 1 if a plugin is broken or two plugins offer the same name.
+    KIND (encoder, fusion, adapter, llm, dataset, benchmark, or what a plugin adds) lists that kind alone. Exits with 1
+    if a plugin is broken or two plugins offer the same name.
     """
     found = registry()
     if kind is not None:
@@ -73,7 +75,14 @@ def plugins(kind: str | None, as_json: bool) -> None:
 @click.argument("name")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for a machine.")
 def check(kind: str, name: str, as_json: bool) -> None:
-    """Run the contract of its KIND on the component NAME. Exits with 1 if a check fails."""
+    """Check that a component keeps the contract of its kind.
+
+    Runs every check of KIND on a tiny instance with random weights; nothing is downloaded. Exits with 1 if one fails,
+    and says what to mend.
+
+    \b
+    chiasm check encoder my-encoder
+    """
     cls = registry().load(kind, name)
     from chiasm.testing import run_checks
 
@@ -97,9 +106,10 @@ def check(kind: str, name: str, as_json: bool) -> None:
 @click.argument("name")
 @click.option("--out", type=click.Path(path_type=Path), help="The package's folder; NAME here, if left out.")
 def new(kind: str, name: str, out: Path | None) -> None:
-    """Write a package with a small component of a KIND (encoder, fusion, adapter, llm) that runs will call NAME.
+    """Write a package with a component of your own.
 
-    It keeps its contract as it is written; change it from there.
+    It holds a small component of a KIND (encoder, fusion, adapter, llm) that runs will call NAME. It keeps its contract
+    as it is written; change it from there.
     """
     from chiasm.scaffold import new_package
 
