@@ -77,6 +77,9 @@ def train(run_file: Path, out: Path, settings: tuple[str, ...], as_json: bool) -
     stage, metrics.jsonl, a row for each question (questions.parquet) and the manifest with scores and cost. What --set
     takes are the fields of a study's `resources` that concern one run, among them loader_workers, checkpoint_seconds,
     strategy, cache, pack, compile, activation_checkpointing, loggers and profile.
+
+    \b
+    chiasm train experiments/recipes/demo.yaml --out runs/one --set checkpoint_seconds=60
     """
     from chiasm.config import load_run
     from chiasm.errors import ConfigError
@@ -178,9 +181,13 @@ def sweep(
 @click.option("--out", type=NEW_FILE, help="Where to write the rows of all questions, as parquet.")
 @as_json
 def evaluate(run_folder: Path, out: Path | None, as_json: bool) -> None:
-    """Evaluate a trained run again on its benchmarks, from its saved weights.
+    """Evaluate a trained run again, from its saved weights.
 
-    RUN_FOLDER is what `chiasm train` wrote, or one trial of a study.
+    RUN_FOLDER is what `chiasm train` wrote, or one trial of a study. The benchmarks, the form of the prompt and the
+    preprocessing are those of the run. Nothing in the folder changes.
+
+    \b
+    chiasm evaluate runs/demo/trials/NAME --out rows.parquet
     """
     from chiasm_experiments.evaluation import write_rows
     from chiasm_experiments.folders import new_folder, trained_run
@@ -207,7 +214,11 @@ def evaluate(run_folder: Path, out: Path | None, as_json: bool) -> None:
 @click.argument("study_folder", metavar="STUDY_FOLDER", type=FOLDER)
 @as_json
 def report(study_folder: Path, as_json: bool) -> None:
-    """Write the report of a study again from its trials: report.md, report.html, report.png, results.parquet."""
+    """Write the report of a study from its trials.
+
+    STUDY_FOLDER is what `chiasm sweep` writes into; the study may be unfinished. Writes report.md, report.html (one
+    file that needs no network), report.png and results.parquet (a row for each question of each trial) there.
+    """
     from chiasm_experiments.report import write_report
 
     written = write_report(study_folder)
@@ -221,7 +232,15 @@ def report(study_folder: Path, as_json: bool) -> None:
 @click.option("--max-new-tokens", type=COUNT, default=64, show_default=True, help="The longest answer.")
 @as_json
 def ask(run_folder: Path, image: Path, question: str, max_new_tokens: int, as_json: bool) -> None:
-    """Ask a trained run a QUESTION about an IMAGE file and print its answer."""
+    """Ask a trained run about an image and print its answer.
+
+    RUN_FOLDER is what `chiasm train` wrote, or one trial of a study; IMAGE a file that Pillow reads. The answer is the
+    greedy one, to the QUESTION as it stands: a run that learned from instructions such as "Answer with a letter."
+    expects them.
+
+    \b
+    chiasm ask runs/demo/trials/NAME photo.jpg "How many stars are there?"
+    """
     from chiasm_experiments.folders import trained_run
     from chiasm_experiments.training.local import ask_here
 
