@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from textwrap import shorten
 
 from chiasm.cost import SampleSize
 from chiasm.plan import RunPlan
@@ -50,13 +51,12 @@ def _head(plan: StudyPlan, first: FidelityPlan) -> str:
 
 def _fidelity(plan: StudyPlan, item: FidelityPlan) -> str:
     fields = plan.study.config.fidelities.get(item.name, {})
-    what = ", ".join(f"{path} {value}" for path, value in fields.items()) or "the run as it is"
+    what = ", ".join(f"{path} {shorten(str(value), 60)}" for path, value in fields.items()) or "the run as it is"
     trials = _count_of(item.trials, "trial")
     if item is plan.fidelities[0]:
         return f"{what}; {trials}"
-    return (
-        f"{what}; the best {_count_of(item.tried, 'cell')} of the one before go on to it: {trials}, with a control more"
-    )
+    best = _count_of(item.tried, "cell")
+    return f"{what}; the best {best} of the one before go on to it, and the control that belongs to them: {trials}"
 
 
 def _factors(config: StudyConfig) -> list[str]:
@@ -70,15 +70,11 @@ def _factors(config: StudyConfig) -> list[str]:
         needed = config.when.get(path)
         lines.append(f"  {path}: {what}" + (f"; only where {in_words(needed)}" if needed else ""))
     if config.design == "search":
-        search = config.search
-        lines.append(
-            f"  proposed by {search.sampler}, pruned by {search.pruner} at {_shares(config)} of the last stage"
-        )
+        lines.append(f"  proposed by {config.search.sampler}")
+    if config.rungs:
+        shares = ", ".join(f"{share:g}" for share in config.rungs)
+        lines.append(f"  asked at {shares} of the last stage; pruner: {config.pruner}")
     return lines
-
-
-def _shares(config: StudyConfig) -> str:
-    return ", ".join(f"{share:g}" for share in config.rungs) or "no rung"
 
 
 def _cells(plan: StudyPlan, item: FidelityPlan, gpu_memory: float | None, workers: int) -> list[str]:
