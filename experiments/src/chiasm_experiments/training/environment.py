@@ -34,11 +34,14 @@ def describe() -> dict[str, Any]:
         "chiasm": str(Path(chiasm.__file__).parent),
         "git_revision": _revision(Path(chiasm.__file__).parent),
         "platform": platform.platform(),
+        "host": platform.node(),
+        "process": os.getpid(),
         "cpu_threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
 
 
+@cache
 def _version(name: str) -> str | None:
     try:
         return version(name)

@@ -66,6 +66,8 @@ class Measured:
     def __init__(self, guide: Guide, device: torch.device) -> None:
         self.guide = guide
         self.busy = Busy(device)
+        self.began = time.time()
+        """Seconds since the epoch."""
         self.started = time.perf_counter()
         self.first_step_seconds: float | None = None
         """From the start to the end of the first step that this process took; None where it took none."""

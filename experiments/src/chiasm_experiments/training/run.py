@@ -140,7 +140,7 @@ def _execute(
     for stage, mixture in zip(run.stages, mixtures, strict=True):
         check_stage(stage, feed, mixture)
     benchmarks = load_benchmarks(run.evaluate)
-    manifest = _begin(job, run, vlm, workers, {"name": strategy.name, "why": why}, cache, steps)
+    manifest = _begin(job, run, vlm, workers, {"name": strategy.name, "why": why}, cache, steps, guide.began)
     manifest["compiled"] = compiled
     if workers.first:
         listeners.tell("chiasm_run_started", folder=folder, manifest=manifest)
@@ -294,6 +294,7 @@ def _begin(
     strategy: dict[str, str],
     cache: CacheDecision,
     steps: dict[str, int],
+    started: float,
 ) -> dict[str, Any]:
     """The manifest as it stands before training."""
     vlm.set_trained(run.trained)
@@ -302,6 +303,7 @@ def _begin(
         **job.labels,
         "seed": run.seed,
         "status": "running",
+        "started": started,
         "error": None,
         "run": run.model_dump(mode="json"),
         "workers": workers.size,

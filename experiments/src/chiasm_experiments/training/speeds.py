@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,9 @@ class DiskSpeed:
     """From the memory in which the system keeps files that it has read."""
 
 
+@lru_cache  # a process that runs many trials asks for each of them
 def disk_speed(folder: Path, size: int) -> DiskSpeed:
-    """Writes and reads a file of at most `FILE_BYTES`, or as large as all that is to be stored."""
+    """Writes and reads a file of at most `FILE_BYTES`, or as large as all that is to be stored; once in a process."""
     count = max(2**16, min(size, FILE_BYTES))
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"speed-{uuid.uuid4().hex}"
