@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import pickle
 import time
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -287,6 +289,11 @@ def test_features_that_were_read_ahead_are_taken_and_damaged_ones_are_computed_a
     feed.fetch(examples, pin=False)
     rows = [row for example in examples for row in example.rows[0].values()]
     assert join(rows, CPU).data_ptr() == rows[0].data_ptr(), "rows read ahead are one piece of memory"
+    feed.send(examples, torch.device("meta"))
+    assert all(row.is_meta and row.shape == rows[0].shape for example in examples for row in example.rows[0].values())
+    feed.fetch(examples, pin=False)
+    feed.send(examples[::-1], CPU)  # not in the order in which they were read, so they are copied
+    rows = [row for example in examples for row in example.rows[0].values()]
     assert torch.equal(join(rows, CPU), wanted.tokens)
     (data,) = tmp_path.glob("*/*.data")
     data.write_bytes(bytes(data.stat().st_size))
@@ -306,7 +313,12 @@ def test_a_thread_reads_steps_ahead_in_their_order(make_vlm, tmp_path, monkeypat
     steps = [[0, 1, 2], [3], [4, 5, 6, 7], [8, 9], [10, 11]]
     (wanted,) = feed.vision([feed.train(Samples()[i]) for step in steps for i in step], CPU)
     monkeypatch.setattr("torch.cuda.set_device", lambda device: None)
+    memory = SimpleNamespace(total_memory=100 * 48 * 9)  # 1% holds three steps of three images of the toy
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: memory)
+    monkeypatch.setattr("chiasm_experiments.data.loader._beside", lambda device: nullcontext())
     monkeypatch.setattr("chiasm_experiments.data.loader.AHEAD_BYTES", room)
+    sent = []
+    monkeypatch.setattr(feed, "send", lambda examples, device: sent.append(len(examples)))
     read = feed.fetch
     monkeypatch.setattr(feed, "fetch", lambda examples, pin: read(examples, pin=not pin))
     made = list(_read_ahead(load_steps(steps, Samples(), feed, CPU), feed, torch.device("cuda", 0)))
@@ -314,6 +326,10 @@ def test_a_thread_reads_steps_ahead_in_their_order(make_vlm, tmp_path, monkeypat
     assert names == [[Samples()[i].id for i in step] for step in steps]
     ahead = {example.prompt.sample_id for examples in made for example in examples if example.rows}
     assert ahead == ({name for step in names for name in step} if room > 1 else {"text3"})
+    if room > 200:
+        counts = [sum(len(example.images) for example in examples) for examples in made]
+        assert sent == [len(step) for step, count in zip(steps, counts, strict=True) if count <= 3]
+        assert 0 < len(sent) < len(steps)
     (found,) = feed.vision([example for examples in made for example in examples], CPU)
     assert torch.equal(found.tokens, wanted.tokens)
 
@@ -451,3 +467,21 @@ def test_on_the_cpu_features_depend_on_no_other_image_of_their_batch():
         found.append(torch.cat([features.gather(part, torch.device("cpu")).tokens for part in parts]))
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_features_that_are_sent_ahead_to_a_gpu_are_those_of_the_disk(make_vlm, tmp_path):
+    gpu = torch.device("cuda", 0)
+    vlm = make_vlm().to(gpu)
+    vlm.set_trained([])
+    feed = make_feed(vlm, FeatureStore(tmp_path, 2**24))
+    steps = [[i % 12, (5 * i) % 12] for i in range(60)]
+    wanted = {i: feed.vision([feed.train(Samples()[i])], gpu) for i in range(12)}
+    feed.flush()
+    for step, examples in zip(steps, load_steps(steps, Samples(), feed, gpu), strict=True):
+        assert all(row.is_cuda for example in examples for row in example.rows[0].values())
+        torch.cuda._sleep(10**6)  # the GPU is behind, and memory that it still needs must not be used again
+        found = [item.tokens for item in feed.vision(examples, gpu)]
+        torch.testing.assert_close(
+            found, [torch.cat([item.tokens for i in step for item in wanted[i]])] if found else [], rtol=0, atol=0
+        )

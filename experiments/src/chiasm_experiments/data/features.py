@@ -142,6 +142,9 @@ class FrozenFeatures:
             if item.key in rows or item.key in missing:
                 continue
             row = item.row if item.row is not None else self._here(item.key)
+            if item.row is not None and item.row.is_cuda:
+                # it was sent beside what the GPU computes, and its memory is not free before that has used it
+                item.row.record_stream(torch.cuda.current_stream(device))
             if row is None:
                 missing[item.key] = item
             else:

@@ -10,6 +10,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -29,6 +30,8 @@ STEPS_AHEAD = 2
 """Steps whose known features are read while the model is at work."""
 AHEAD_BYTES = 2**32
 """Pinned memory that they may take; features of all layers of a large batch are not read ahead."""
+SENT_SHARE = 0.01
+"""Of a GPU's memory that they may take there, where they are copied to while it computes."""
 
 
 class Samples(Protocol):
@@ -113,25 +116,40 @@ def _from_processes(
 
 
 def _read_ahead(made: Iterator[list[Example]], feed: Feed, device: torch.device) -> Iterator[list[Example]]:
-    """Known features are read from the disk by a thread, steps before they are asked for."""
+    """Known features are read from the disk by a thread, steps before they are asked for, and sent to the GPU."""
 
-    def read(examples: list[Example]) -> list[Example]:
+    def read(examples: list[Example], *, send: bool) -> list[Example]:
         feed.fetch(examples, pin=True)
+        if send:
+            with _beside(device):
+                feed.send(examples, device)
         return examples
 
     # pinned memory belongs to a device, and a thread begins on the first one
     index = torch.cuda.current_device() if device.index is None else device.index
     with ThreadPoolExecutor(1, "chiasm-ahead", torch.cuda.set_device, (index,)) as thread:
         ahead: deque[Future[list[Example]]] = deque()
+        room = SENT_SHARE * torch.cuda.get_device_properties(index).total_memory
         for examples in made:
             views = sum(len(image) for example in examples for image in example.prompt.views)
             size = views * sum(features.shelf.view_bytes for features in feed.features if features.shelf is not None)
             steps = min(STEPS_AHEAD, AHEAD_BYTES // max(1, size))
-            ahead.append(thread.submit(read if steps else list, examples))
+            # those ahead, and those that are in use
+            task = partial(read, send=(STEPS_AHEAD + 1) * size <= room) if steps else list
+            ahead.append(thread.submit(task, examples))
             while len(ahead) > steps:
                 yield ahead.popleft().result()
         while ahead:
             yield ahead.popleft().result()
+
+
+@contextmanager
+def _beside(device: torch.device) -> Iterator[None]:
+    """What a GPU is given here it does beside what it computes, and has done in the end."""
+    stream: torch.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(stream):
+        yield
+    stream.synchronize()
 
 
 class _Examples(Dataset[Any]):
