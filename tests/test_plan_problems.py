@@ -65,6 +65,34 @@ def test_problems_of_parts_that_do_not_wait_for_each_other_are_told_together():
     ]
 
 
+@pytest.mark.parametrize(
+    ("tokens", "needed"),
+    [
+        ({}, 5 * 16 + 2),
+        ({"image": []}, 5 * 16),
+        ({"views": ["SEP"]}, 5 * 16 + 2 + 4),
+        ({"views": ["SEP"], "image": []}, 5 * 16 + 4),
+    ],
+    ids=str,
+)
+def test_the_context_holds_the_visual_tokens_the_learned_vectors_and_some_text(tokens, needed):
+    """Four tiles and the whole image of 16 tokens each; a question and its answer take a position each at least."""
+    image = {"views": "tiles", "grids": [[2, 2]]}
+    short, enough = (
+        plan_run(
+            run_config(
+                image=image, tokens=tokens, llm={"name": "causal", "shape": LLM["shape"] | {"context_length": context}}
+            ),
+            SampleSize(text=10, answer=3),
+        )
+        for context in (needed + 2, needed + 3)
+    )
+    assert [problem.partition(":")[0] for problem in short.problems] == ["llm"]
+    assert f"context of {needed + 2} positions is too short for 80 visual tokens (5 views" in short.problems[0]
+    assert enough.problems == []
+    assert enough.cost.positions == 80 + 4 * len(tokens.get("views", [])) + 10
+
+
 def test_a_plan_reads_no_weight_and_draws_none(tmp_path, monkeypatch):
     """From folders that hold weights: none is opened, and one that is broken changes nothing."""
     vision = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}

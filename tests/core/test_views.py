@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -108,6 +110,24 @@ def test_tiles_are_the_pieces_of_an_image_that_fits_the_canvas(resize, tiled):
     assert views.shape == (7, 3, 8, 8)
     torch.testing.assert_close(views[0], encoder.preprocess([image], resize)[0], rtol=0, atol=0)
     torch.testing.assert_close(views[1:], encoder.preprocess(pieces, "squash"), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("native", ["crop", "squash"])
+def test_native_pads_the_canvas_of_tiles_and_processes_the_whole(native, tiled):
+    """A published processor knows no tiles: cut out of the middle, they would lose the border of the image."""
+    vlm = tiled(resize="native", max_tiles=4)
+    encoder, image = vlm.encoders[0], noise(23, 9)
+    encoder.geometry = replace(
+        encoder.geometry, image=encoder.geometry.image.model_copy(update={"native": native, "mean": (0.2, 0.4, 0.6)})
+    )
+    views, padded = (
+        Views(image_config(resize=resize, max_tiles=4), TILE, ON_GRID).pixels(image, encoder)
+        for resize in ("native", "pad")
+    )
+    assert len(views) > 2
+    torch.testing.assert_close(views[1:], padded[1:], rtol=0, atol=0)
+    torch.testing.assert_close(views[0], encoder.preprocess([image], native)[0], rtol=0, atol=0)
+    assert not torch.equal(views[0], padded[0])
 
 
 def test_a_canvas_of_another_shape_is_padded_squashed_or_cropped():
