@@ -18,7 +18,7 @@ from chiasm_experiments.study.space import Chosen, Fixed, Space, in_words, middl
 
 MOST_CELLS = 20_000
 """A grid beyond it is refused: planning it alone takes hours."""
-MOST_PLANNED = 512
+MOST_PLANNED = 256
 """Of a search with more combinations, so many are planned."""
 TRIES = 256
 """Combinations tried for a pair of levels before it is said to be in none that works."""

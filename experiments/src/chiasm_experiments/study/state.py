@@ -72,6 +72,7 @@ class State:
         folder: of its results; made where it is missing.
         source: knows its trials.
         skipped: the cells that it leaves out.
+        notes: what its plan says that must not be silent.
         added: seeds that were added to those of its file.
         planned: how many trials there are to be; None: unknown.
         say: takes lines for the user.
@@ -87,6 +88,7 @@ class State:
         source: Source,
         *,
         skipped: Sequence[Skipped] = (),
+        notes: Sequence[str] = (),
         added: Sequence[int] = (),
         planned: int | None = None,
         say: Say = print,
@@ -95,6 +97,7 @@ class State:
         self.folder = folder
         self.source = source
         self.skipped = [asdict(item) for item in skipped]
+        self.notes = list(notes)
         self.added = list(added)
         self.planned = planned
         self.say = say
@@ -254,6 +257,7 @@ class State:
             "fidelities": list(fidelities(self.study)),
             "planned": self.planned,
             "skipped": json.loads(json.dumps([*self.skipped, *proposed])),
+            "notes": self.notes,
             "trials": dict(trials),
             "revision": revision,
             "id": self.owner,

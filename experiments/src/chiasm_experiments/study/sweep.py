@@ -111,6 +111,9 @@ def sweep(
     for cells in every.values():
         refuse_invalid(cells, study)
     check_all_data([cell for cells in every.values() for cell in cells.cells])
+    notes = [note for cells in every.values() for note in cells.notes]
+    for note in notes:
+        say(f"note: {note}")
     source, sharing, planned = _source(study, every, folder, say)
     if options.only is not None:
         _require_label(options.only, study, every)
@@ -119,7 +122,7 @@ def sweep(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     skipped = [] if isinstance(source, Search) else [item for cells in every.values() for item in cells.skipped]
     extra = [*added, *new]
-    state = State(study, folder, source, skipped=skipped, added=extra, planned=planned, say=say)
+    state = State(study, folder, source, skipped=skipped, notes=notes, added=extra, planned=planned, say=say)
     try:
         source.begin(state.record)
         if options.retry_failed:
