@@ -193,3 +193,19 @@ def test_a_log_holds_each_step_once(tmp_path):
     assert [(line["stage"], line["step"], line["loss"]) for line in found] == [
         ("a", 1, 1.0), ("a", 2, 2.0), ("a", 3, 3.0), ("b", 1, 11.0), ("b", 2, 22.0), ("b", 3, 23.0),
     ]  # fmt: skip
+
+
+def test_a_log_that_takes_two_stages_again_keeps_what_it_wrote_of_the_first(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with MetricsLog(path) as log:
+        for stage in "ab":
+            for step in (1, 2, 3):
+                log.write(stage, step, {"loss": float(step)})
+    with MetricsLog(path) as log:
+        for stage in "ab":
+            for step in (2, 3):
+                log.write(stage, step, {"loss": 10.0 + step})
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    assert sorted((line["stage"], line["step"], line["loss"]) for line in found) == [
+        ("a", 1, 1.0), ("a", 2, 12.0), ("a", 3, 13.0), ("b", 1, 1.0), ("b", 2, 12.0), ("b", 3, 13.0),
+    ]  # fmt: skip

@@ -146,7 +146,7 @@ def _read_ahead(made: Iterator[list[Example]], feed: Feed, device: torch.device)
 @contextmanager
 def _beside(device: torch.device) -> Iterator[None]:
     """What a GPU is given here it does beside what it computes, and has done in the end."""
-    stream: torch.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     with torch.cuda.stream(stream):
         yield
     stream.synchronize()

@@ -126,8 +126,7 @@ class MetricsLog:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.lines = _read_lines(path)
-        self._rewrite()
+        self._rewrite(_read_lines(path))
 
     def __enter__(self) -> Self:
         return self
@@ -137,22 +136,27 @@ class MetricsLog:
 
     def write(self, stage: str, step: int, metrics: dict[str, float]) -> None:
         """Adds a step; steps that the run took before it was stopped, and takes again, are dropped first."""
-        if any(line["stage"] == stage and line["step"] >= step for line in self.lines):
+        if step <= self._last.get(stage, 0):
             self.file.close()
-            self.lines = [line for line in self.lines if line["stage"] != stage or line["step"] < step]
-            self._rewrite()
+            lines = _read_lines(self.path)
+            self._rewrite([line for line in lines if line["stage"] != stage or line["step"] < step])
+        self._last[stage] = step
         self.file.write(json.dumps({"stage": stage, "step": step, **metrics}) + "\n")
 
     def take(self, stage: str, path: Path) -> None:
         """Takes the steps of a stage from another log, in place of its own."""
         self.file.close()
-        self.lines = [line for line in _read_lines(self.path) if line["stage"] != stage]
-        self.lines += [line for line in _read_lines(path) if line["stage"] == stage]
-        self._rewrite()
+        lines = [line for line in _read_lines(self.path) if line["stage"] != stage]
+        self._rewrite([*lines, *[line for line in _read_lines(path) if line["stage"] == stage]])
 
-    def _rewrite(self) -> None:
+    def _rewrite(self, lines: Iterable[dict[str, Any]]) -> None:
+        self._last: dict[str, int] = {}
+        """The last step of each stage, so that a new one is known for it without a look at all of them."""
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
+        with temporary.open("w", encoding="utf-8") as file:
+            for line in lines:
+                self._last[line["stage"]] = max(line["step"], self._last.get(line["stage"], 0))
+                file.write(json.dumps(line) + "\n")
         os.replace(temporary, self.path)
         self.file = self.path.open("a", encoding="utf-8", buffering=1)
 

@@ -128,7 +128,7 @@ def explained(stage: StageConfig, fit: MemoryFit) -> Iterator[None]:
         less = [] if fit.micro_batch == 1 else [f"micro_batch_size below {fit.micro_batch} (or to auto)"]
         less += [] if fit.checkpointing else ["activation_checkpointing=on"]
         raise MemoryShortError(
-            f"stage {stage.name!r}: a forward and backward pass of {fit.micro_batch} samples does not fit the memory; "
+            f"stage {stage.name!r}: a step in passes of {fit.micro_batch} samples does not fit the memory; "
             f"set {' or '.join(less) or 'strategy=fsdp on more workers, or train less'}. {error}"
         ) from error
 

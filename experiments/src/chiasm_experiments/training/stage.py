@@ -160,8 +160,9 @@ def train_stage(
             loss_sum += loss.detach()
         strategy.finish(trained)
         rate = optimizer.param_groups[0]["lr"]
-        norm = strategy.clip(trained, stage.clip_norm)
-        optimizer.step()
+        with explained(stage, fit):
+            norm = strategy.clip(trained, stage.clip_norm)
+            optimizer.step()  # the first one takes memory for what it keeps
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
         position.step = step + 1
