@@ -18,6 +18,7 @@ from chiasm_experiments.commands import plan
 from chiasm_experiments.study.cells import make_cells, refuse_invalid
 from chiasm_experiments.study.config import Study
 from chiasm_experiments.study.overview import plan_study
+from fake_pool import Bench
 
 SHAPE = {"width": 32, "depth": 1, "heads": 2, "kv_heads": 1, "mlp_width": 32, "context_length": 512}
 RUN = {
@@ -264,3 +265,30 @@ def test_what_is_refused_at_any_fidelity_is_known_to_the_plan(write):
     assert whole.refused is None
     assert [item.exact for item in whole.fidelities] == [True, False]
     assert all(a.each < b.each for a, b in itertools.pairwise(whole.fidelities))
+
+
+@pytest.mark.parametrize("design", ["grid", "one_factor", "pairwise"])
+def test_a_sweep_does_what_its_plan_says(tmp_path, design):
+    bench = Bench(tmp_path).write(
+        factors={
+            "vision.encoders": ENCODERS,
+            "vision.fusion": ["single", "concat_tokens", "project_sum"],
+            "vision.fusion.align": ["pad", "interpolate"],
+            "vision.adapter": ["mlp", "linear"],
+        },
+        when={"vision.fusion": {"vision.encoders": "two"}, "vision.fusion.align": {"vision.fusion": "project_sum"}},
+        design=design,
+        invalid="skip",
+        fidelities={"blunt": {"stages.pretrain.train": ["adapter", "llm"]}, "whole": {"stages.pretrain.epochs": 9}},
+    )
+    values = told(bench.path)
+    assert bench.sweep().complete == values["trials"]
+    first = [about for about in bench.plan["trials"].values() if about["fidelity"] == "blunt"]
+    planned = [cell["levels"] for cell in values["cells"] if cell["valid"] and cell["fidelity"] == "blunt"]
+    for seed in (0, 1):
+        ran = [about["levels"] for about in first if about["seed"] == seed]
+        assert sorted(map(str, ran)) == sorted(map(str, planned))
+    assert bench.plan["skipped"][0]["levels"] == values["skipped"][0]["levels"]
+    assert "stage 1 is skipped" in values["notes"][0]
+    assert bench.plan["notes"] == values["notes"]
+    assert [line for line in bench.said if line.startswith("note: ")] == [f"note: {note}" for note in values["notes"]]
