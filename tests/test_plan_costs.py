@@ -73,6 +73,27 @@ def test_operations_of_a_training_step_are_those_that_torch_counts(train):
     assert plan.cost.stages["s"].flops == pytest.approx(found, rel=0.03)
 
 
+@pytest.mark.parametrize("train", [["encoders", "adapter"], ["adapter"], ["encoders"]], ids="+".join)
+def test_operations_of_a_large_vision_part_that_learns_are_those_that_torch_counts(train):
+    """Beside a language model so small that what the encoder and the adapter cost is most of the whole."""
+    encoder = CLIP | {"shape": CLIP["shape"] | {"image_size": 64, "width": 256, "depth": 4, "mlp_width": 1024}}
+    run = run_config(train, encoders=[encoder], adapter={"name": "mlp", "depth": 3, "hidden": 2048})
+    found, positions, answer, _ = counted(run, "what? ", "a word")
+    plan = plan_run(run, SampleSize(text=positions - 64, answer=answer))
+    assert plan.cost.encode + plan.cost.connect > 4 * plan.cost.llm
+    assert plan.cost.stages["s"].flops == pytest.approx(found, rel=0.03)
+
+
+def test_what_learns_costs_two_passes_more():
+    trains = (["tokens"], ["adapter"], ["encoders"], ["encoders", "adapter"])
+    costs = [plan_run(run_config(train), SampleSize()).cost for train in trains]
+    tokens, adapter, encoders, both = (cost.stages["s"].flops for cost in costs)
+    assert adapter - tokens == 2 * costs[0].connect
+    assert both - adapter == 2 * costs[0].encode
+    # through a frozen adapter gradients pass, and none of its weights is made
+    assert encoders - tokens == 2 * costs[0].encode + costs[0].connect
+
+
 def test_lora_and_tiles_are_counted():
     llm = LLM | {"lora": {"rank": 4}}
     image = {"views": "tiles", "grids": [[1, 2]]}

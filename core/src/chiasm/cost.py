@@ -249,8 +249,10 @@ def train_flops(
     total = encode + connect + forward
     if "encoders" in trained:
         total += 2 * encode
-    if trained & {"encoders", "fusion", "adapter"}:
+    if trained & {"fusion", "adapter"}:
         total += 2 * connect
+    elif "encoders" in trained:
+        total += connect  # gradients on their way to the encoders
     total += matrices + 2 * (forward - matrices)  # gradients of the inputs; attention has no weights but two inputs
     if "llm" in trained:
         total += matrices if llm.trainable == llm.parameters else 2 * llm.trainable * positions
