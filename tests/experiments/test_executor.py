@@ -204,6 +204,14 @@ def test_limits_end_what_hangs_and_what_takes_too_long(pool, job):
     process.wait(30)  # Ray gives a process some seconds to end by itself
     (other,) = wait(one, 1)
     assert (other.trial, other.status) == ("other", "complete")
+    # after an error that nobody foresaw the process is not used again
+    broken = job("broken")
+    broken.run["stages"][0]["lr"] = "fast"
+    one.submit(broken, "any")
+    (failed,) = wait(one, 1)
+    assert (failed.trial, failed.status) == ("broken", "failed")
+    assert "ValidationError" in failed.error
+    assert one.warm() == frozenset()
 
 
 KILLED = """

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import ray
 from ray.exceptions import OutOfMemoryError, RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from chiasm.config import RunConfig
 from chiasm.errors import ConfigError
@@ -109,7 +110,11 @@ class Pool:
         removed = self.traces.clear()
         if removed:
             say(f"removed what a driver of this study that was killed had left in the cluster: {', '.join(removed)}")
-        self.hub = Hub.options(name=self.traces.hub, namespace=self.traces.namespace).remote()  # type: ignore[attr-defined]
+        # beside the driver, with which they end, and not where the cluster has most room
+        self.here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        self.hub = Hub.options(  # type: ignore[attr-defined]
+            name=self.traces.hub, namespace=self.traces.namespace, scheduling_strategy=self.here
+        ).remote()
         self.numbers = itertools.count(1)
         self.idle: list[_Place] = []
         self.running: dict[str, _Running] = {}
@@ -302,7 +307,8 @@ class Pool:
     def _new(self, share: float) -> Any:
         named = {"name": f"{self.traces.name}/{next(self.numbers)}", "namespace": self.traces.namespace}
         if self.resources.workers > 1:
-            return TrainerActor.options(**named).remote(self.resources, share)  # type: ignore[attr-defined]
+            options = TrainerActor.options(scheduling_strategy=self.here, **named)  # type: ignore[attr-defined]
+            return options.remote(self.resources, share)
         cpus = self.resources.cpus_per_worker
         options = TrialActor.options(num_cpus=cpus, num_gpus=share, **named)  # type: ignore[attr-defined]
         return options.remote(max(1, int(cpus)), share if self.shared and share < 1 else None)
