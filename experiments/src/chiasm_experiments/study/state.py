@@ -289,7 +289,7 @@ def _read(folder: Path) -> dict[str, Any] | None:
         earlier: dict[str, Any] = read_json(folder / STUDY)
         return earlier
     # a call that begins it just now, or was killed while it did, has left no more than these
-    begun = {LOCK, DRIVERS}
-    if folder.is_dir() and any(path.name not in begun and STUDY not in path.name for path in folder.iterdir()):
+    begun = (LOCK, DRIVERS, STUDY, f".{STUDY}")
+    if folder.is_dir() and not all(path.name.startswith(begun) for path in folder.iterdir()):
         raise ConfigError(f"{str(folder)!r} is not empty and holds no study; choose another folder")
     return None
