@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import shutil
 import sys
 import time
@@ -85,12 +86,13 @@ def find(study: Path, out: Path | None = None) -> tuple[Path, str | None]:
     from chiasm_experiments.study.folder import STUDY, runs_folder
 
     if study.is_dir():
-        folder, storage = study.absolute(), None
+        folder, storage = study, None
     else:
         from chiasm_experiments.study.config import Study
 
         config = Study(study).config
-        folder, storage = (out or runs_folder() / config.name).absolute(), config.storage
+        folder, storage = out or runs_folder() / config.name, config.storage
+    folder = Path(os.path.abspath(folder))
     if not (folder / STUDY).is_file():
         raise ConfigError(
             f"{str(folder)!r} holds no study, or it has not begun; give the folder of its results, which $CHIASM_RUNS "
