@@ -94,8 +94,10 @@ def test_what_learns_costs_two_passes_more():
     assert encoders - tokens == 2 * costs[0].encode + costs[0].connect
 
 
-def test_lora_and_tiles_are_counted():
-    llm = LLM | {"lora": {"rank": 4}}
+@pytest.mark.parametrize("rank", [4, 192])
+def test_lora_and_tiles_are_counted(rank):
+    """A rank of twice the width costs more than the weights beside it."""
+    llm = LLM | {"lora": {"rank": rank}}
     image = {"views": "tiles", "grids": [[1, 2]]}
     run = run_config(["adapter", "tokens", "llm"], llm, image=image)
     found, positions, answer, views = counted(run, "what? ", "a word")
