@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
+from chiasm.build import build_vlm
 from chiasm.config import RunConfig, TokensConfig
+from chiasm.features import Features
 from chiasm.prompt import PromptBuilder
 from chiasm.sample import Sample, Turn
-from chiasm_experiments.data.feed import Feed
+from chiasm_encoders.clip import ClipEncoder
+from chiasm_experiments.data.feed import FeatureMemo, Feed
 from chiasm_experiments.data.mixture import Mixture
+from chiasm_experiments.data.store import FeatureStore
 from chiasm_experiments.training.checkpoint import Checkpoints
 from chiasm_experiments.training.files import MetricsLog
+from chiasm_experiments.training.run import make_feed
 from chiasm_experiments.training.stage import train_stage
 from chiasm_experiments.training.workers import Workers
 
@@ -28,6 +36,42 @@ class Texts:
 
     def __getitem__(self, index: int) -> Sample:
         return Sample(f"s{index}", (Turn("what?", "abcdefghij"[: index + 1]),))
+
+
+class Noise:
+    """An image of noise, which its key tells."""
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+
+    def load(self) -> Image.Image:
+        return Image.frombytes("RGB", (28, 28), hashlib.shake_256(self.key.encode()).digest(28 * 28 * 3))
+
+
+class Pictures:
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> Sample:
+        return Sample(f"s{index}", (Turn("what?", "abc"[: index % 3 + 1]),), (Noise(str(index)),))
+
+
+NARROW = {
+    "vision": {
+        "encoders": [
+            {
+                "name": "clip",
+                "shape": {"image_size": 28, "patch_size": 14, "width": 8, "depth": 2, "heads": 2, "mlp_width": 8},
+            }
+        ]
+    },
+    "llm": {
+        "name": "causal",
+        "shape": {"width": 16, "depth": 2, "heads": 2, "kv_heads": 1, "mlp_width": 24, "context_length": 128},
+    },
+    "stages": [{"name": "s", "data": "x", "train": ["adapter"], "lr": 1e-2, "batch_size": 5}],
+    "system": "",
+}
 
 
 class StoppedError(Exception):
@@ -54,8 +98,17 @@ def run_config(**stage) -> RunConfig:
     return RunConfig.model_validate(values)
 
 
-def train(vlm, folder, stop_after: int | None = None, log: list | None = None, seconds: float = 0, **stage):
-    builder = PromptBuilder(vlm.llm, TokensConfig(), vlm.visual_tokens, "")
+def train(
+    vlm,
+    folder,
+    stop_after: int | None = None,
+    log: list | None = None,
+    seconds: float = 0,
+    feed=None,
+    data=None,
+    **stage,
+):
+    feed = feed or Feed(vlm, PromptBuilder(vlm.llm, TokensConfig(), vlm.visual_tokens, ""))
     checkpoints = Checkpoints(folder, ALONE, seconds)
 
     def on_step(step, steps, metrics):
@@ -67,7 +120,7 @@ def train(vlm, folder, stop_after: int | None = None, log: list | None = None, s
 
     try:
         return train_stage(
-            vlm, run_config(**stage), 0, Mixture([Texts()]), Feed(vlm, builder), ALONE, on_step, checkpoints=checkpoints
+            vlm, run_config(**stage), 0, Mixture([data or Texts()]), feed, ALONE, on_step, checkpoints=checkpoints
         )
     finally:
         checkpoints.close()
@@ -105,6 +158,32 @@ def test_a_stage_that_was_stopped_ends_with_the_same_bits(learner, tmp_path, und
     assert found.first_loss == result.first_loss
     assert found.supervised_tokens == result.supervised_tokens
     assert found.steps == STEPS
+
+
+@pytest.mark.parametrize("kept", ["in memory", "on the disk"])
+def test_a_run_that_kept_features_before_it_was_stopped_ends_with_the_same_bits(tmp_path, monkeypatch, kept):
+    """It encodes other images together than one that was not stopped, and a batch of another size rounds otherwise."""
+    config, forward = RunConfig.model_validate(NARROW), ClipEncoder.forward
+
+    def rounded(self, pixels_B3HW):  # as for a few rows of narrow products, only more
+        features = forward(self, pixels_B3HW)
+        return Features(features.tokens * (1 + 1e-5 * len(pixels_B3HW)), features.grid)
+
+    monkeypatch.setattr(ClipEncoder, "forward", rounded)
+
+    def part(folder, **how):
+        vlm = build_vlm(config)
+        memo = FeatureMemo(2**20) if kept == "in memory" else None
+        store = FeatureStore(tmp_path / folder / "features", 2**20) if kept == "on the disk" else None
+        train(vlm, tmp_path / folder, feed=make_feed(vlm, config, memo, store), data=Pictures(), batch_size=5, **how)
+        return weights(vlm)
+
+    wanted = part("undisturbed")
+    for stop in (2, 4):
+        with pytest.raises(StoppedError):
+            part(str(stop), stop_after=stop)
+        shutil.rmtree(tmp_path / str(stop) / "features", ignore_errors=True)  # as if others had taken its room
+        assert_equal(part(str(stop)), wanted)
 
 
 def test_adafactor_goes_on_with_the_same_bits(learner, tmp_path):
