@@ -443,6 +443,36 @@ def test_two_complete_trials_of_one_point_are_an_error(tmp_path: Path) -> None:
         load_study(folder)
 
 
+def test_what_the_plan_says_of_trials_counts_and_fidelities_are_not_mixed(folder: Path) -> None:
+    """Trials that an edit took out stay on disk, levels may have new names, and the best ran once more as a whole."""
+    plan = json.loads((folder / "study.json").read_text())
+    trials = {}
+    for path in sorted((folder / "trials").iterdir()):
+        manifest = json.loads((path / "manifest.json").read_text())
+        levels = {factor: f"new {label}" for factor, label in manifest["cell"].items()}
+        trials[path.name] = {"levels": levels, "seed": manifest["seed"], "fidelity": "small"}
+    first, second, third = list(trials)[:3]
+    shutil.copytree(folder / "trials" / first, folder / "trials" / "again")
+    trials["again"] = trials[first] | {"fidelity": "whole"}
+    del trials[second]
+    factors = {factor: [f"new {label}" for label in labels] for factor, labels in plan["factors"].items()}
+    change = {"factors": factors, "trials": trials, "fidelities": ["small", "whole"], "planned": None, "control": None}
+    (folder / "study.json").write_text(json.dumps(plan | change))
+    whole = load_study(folder)
+    assert (whole.fidelity, whole.planned, [trial.folder.name for trial in whole.trials]) == ("whole", 1, ["again"])
+    assert dict(whole.trials[0].cell) == trials[first]["levels"]
+    assert "At fidelity whole (of small, whole): 1 of 1 planned complete" in write_report(folder).markdown.read_text()
+    del trials["again"]
+    (folder / "study.json").write_text(json.dumps(plan | change | {"trials": trials}))
+    small = load_study(folder)
+    names = [trial.folder.name for trial in small.trials]
+    assert small.fidelity == "small"
+    assert third in names
+    assert second not in names
+    assert "again" not in names
+    assert small.planned == len(trials)
+
+
 def test_a_control_that_is_no_level_is_an_error(tmp_path: Path) -> None:
     folder = build(tmp_path / "study", {FUSION: ("single", "sum")}, control=None, images=3)
     plan = json.loads((folder / "study.json").read_text())

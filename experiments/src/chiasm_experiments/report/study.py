@@ -47,6 +47,7 @@ class Trial:
     frozen: int | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
+    fidelity: str | None = None
 
     @property
     def questions(self) -> Path:
@@ -59,6 +60,9 @@ class Study:
 
     Args:
         factors: each path with its labels in the order of the plan.
+        trials: those that belong to the plan, at one fidelity.
+        fidelity: of these trials: the most expensive at which one is complete.
+        fidelities: all, from the cheapest.
         planned: how many trials the plan has: `planned` of study.json, else the grid's size; None if unknown.
     """
 
@@ -71,6 +75,8 @@ class Study:
     control: Control | None
     planned: int | None
     trials: tuple[Trial, ...]
+    fidelity: str | None = None
+    fidelities: tuple[str, ...] = ()
 
     @cached_property
     def complete(self) -> tuple[Trial, ...]:
@@ -106,9 +112,18 @@ def load_study(folder: Path) -> Study:
         raise DataError(f"{str(folder)!r} holds no study; wanted a folder that `chiasm sweep` wrote into")
     plan = _read_object(folder / "study.json")
     levels = dict(plan.get("factors") or {})
-    factors = {str(path): [_text(label) for label in labels] for path, labels in levels.items()}
+    # a range of numbers has no levels but those that trials have
+    factors = {
+        str(path): [_text(label) for label in labels] if isinstance(labels, list) else []
+        for path, labels in levels.items()
+    }
     found = sorted(path for path in (folder / "trials").glob("*") if path.is_dir())
-    trials = tuple(_read_trial(path, factors) for path in found)
+    listed = dict(plan.get("trials") or {})
+    every = tuple(
+        _read_trial(path, factors, listed.get(path.name) or {}) for path in found if path.name in listed or not listed
+    )
+    fidelity = _fidelity(plan, every)
+    trials = tuple(trial for trial in every if trial.fidelity in (fidelity, None))
     for trial in trials:
         # A level that the plan does not list is still a level: later plans may have dropped it.
         for path, label in trial.cell.items():
@@ -130,12 +145,23 @@ def load_study(folder: Path) -> Study:
         seeds=seeds,
         design=design,
         control=None if control is None else Control(control["path"], _text(control["label"])),
-        planned=_planned(plan, design, seeds),
+        planned=_planned(plan, design, seeds, fidelity),
         trials=trials,
+        fidelity=fidelity,
+        fidelities=tuple(plan.get("fidelities") or ()),
     )
 
 
-def _planned(plan: Mapping[str, Any], design: str, seeds: tuple[int, ...]) -> int | None:
+def _fidelity(plan: Mapping[str, Any], trials: tuple[Trial, ...]) -> str | None:
+    """The most expensive fidelity at which a trial is complete: results of different ones are never mixed."""
+    names = list(plan.get("fidelities") or ())
+    reached = [name for name in names if any(trial.fidelity == name for trial in trials if trial.status == "complete")]
+    return reached[-1] if reached else names[0] if names else None
+
+
+def _planned(plan: Mapping[str, Any], design: str, seeds: tuple[int, ...], fidelity: str | None) -> int | None:
+    if len(plan.get("fidelities") or ()) > 1:  # how many go on is known only when they do
+        return [about.get("fidelity") for about in dict(plan.get("trials") or {}).values()].count(fidelity)
     if isinstance(plan.get("planned"), int):
         return int(plan["planned"])
     if design != "grid" or not seeds:
@@ -146,18 +172,30 @@ def _planned(plan: Mapping[str, Any], design: str, seeds: tuple[int, ...]) -> in
     return size
 
 
-def _read_trial(folder: Path, factors: dict[str, list[str]]) -> Trial:
-    """A trial; `failed` with the reason where its files cannot be used, so that one defect never hides the rest."""
-    path = folder / "manifest.json"
+def _read_trial(folder: Path, factors: dict[str, list[str]], about: Mapping[str, Any]) -> Trial:
+    """A trial; `failed` with the reason where its files cannot be used, so that one defect never hides the rest.
+
+    Args:
+        folder: of the trial.
+        factors: of the study.
+        about: what the plan says of it: its levels as they are called now, and its fidelity.
+    """
+    path, fidelity = folder / "manifest.json", about.get("fidelity")
     if not path.is_file():
-        return Trial(folder.name, folder, {}, -1, "unfinished")
+        return Trial(folder.name, folder, {}, -1, "unfinished", fidelity=fidelity)
     try:
-        return _parse_trial(folder, _read_object(path), factors)
+        manifest = _read_object(path)
+        if about.get("levels"):
+            manifest = manifest | {"cell": about["levels"]}
+        return _parse_trial(folder, manifest, factors, fidelity)
     except (DataError, KeyError, TypeError, ValueError, AttributeError) as error:
-        return Trial(folder.name, folder, {}, -1, "failed", f"manifest.json cannot be used: {error!r}")
+        reason = f"manifest.json cannot be used: {error!r}"
+        return Trial(folder.name, folder, {}, -1, "failed", reason, fidelity=fidelity)
 
 
-def _parse_trial(folder: Path, manifest: Mapping[str, Any], factors: Mapping[str, list[str]]) -> Trial:
+def _parse_trial(
+    folder: Path, manifest: Mapping[str, Any], factors: Mapping[str, list[str]], fidelity: str | None
+) -> Trial:
     cell = {str(key): _text(label) for key, label in manifest["cell"].items()}
     status, error = manifest["status"], manifest.get("error")
     if set(cell) != set(factors):
@@ -177,6 +215,7 @@ def _parse_trial(folder: Path, manifest: Mapping[str, Any], factors: Mapping[str
         frozen=parameters.get("frozen"),
         seconds={str(key): float(value) for key, value in (manifest.get("seconds") or {}).items() if value is not None},
         environment=dict(manifest.get("environment") or {}),
+        fidelity=fidelity,
     )
 
 

@@ -164,4 +164,6 @@ def _trials(study: Study, analyses: Sequence[Analysis]) -> str:
         for item in (analysis.scores for analysis in analyses)
     ]
     seeds = fmt.number(len({trial.seed for trial in study.complete}), "seed")
+    if len(study.fidelities) > 1:
+        text = f"At fidelity {study.fidelity} (of {', '.join(study.fidelities)}): {text}"
     return f"{text}. {seeds}; {'; '.join(asked)}." if asked else f"{text}."
