@@ -89,6 +89,12 @@ def until_it_trains(pool, *names):
         assert not pool.events(0.1)
 
 
+def processes(pool, trial) -> list[psutil.Process]:
+    """Those of a trial's workers."""
+    seen = ray.get(pool.hub.look.remote())[pool.running[trial].ticket]
+    return [psutil.Process(process) for process in seen.processes]
+
+
 def actors() -> set[str]:
     return {item["name"] for item in ray.util.list_named_actors(all_namespaces=True) if item["namespace"] == NAMESPACE}
 
@@ -165,7 +171,7 @@ def test_trials_stop_wait_are_pruned_fail_and_die(pool, job, tmp_path):
     # SIGKILL from outside is the loss of a worker, which the trial begins again from
     submit(two, job("killed", steps=LONG, checkpoint_seconds=0))
     until_it_trains(two, "killed")
-    (process,) = (found for found in psutil.process_iter() if found.name().startswith("ray::TrialActor.run"))
+    (process,) = processes(two, "killed")
     process.send_signal(signal.SIGKILL)
     (lost,) = wait(two, 1)
     assert (lost.trial, lost.status) == ("killed", "lost")
@@ -194,7 +200,7 @@ def test_limits_end_what_hangs_and_what_takes_too_long(pool, job):
     assert (late.trial, late.status) == ("too long", "failed")
     assert late.error.startswith("took longer than trial_seconds (0.5); its last sign was: s ")
     until_it_trains(one, "hangs")
-    (process,) = (found for found in psutil.process_iter() if found.name().startswith("ray::TrialActor.run"))
+    (process,) = processes(one, "hangs")
     process.send_signal(signal.SIGSTOP)
     one.resources = one.resources.model_copy(update={"stall_seconds": 2.0})
     (stalled,) = wait(one, 1)
@@ -272,8 +278,7 @@ def test_trials_on_several_workers_are_stopped_killed_and_lost_like_others(pool,
     submit(several, job("lost", steps=LONG))
     until_it_trains(several, "lost")
     several.events(1.0)
-    process = next(found for found in psutil.process_iter() if found.name().startswith("ray::RayTrainWorker"))
-    process.send_signal(signal.SIGKILL)
+    processes(several, "lost")[1].send_signal(signal.SIGKILL)
     (lost,) = wait(several, 1)
     assert lost.status == "lost"
     assert set(groups()) == {"REMOVED"}

@@ -41,6 +41,8 @@ class Seen:
     """Seconds since it showed progress; None while it waits for the driver, or has not begun."""
     seconds: float | None
     """Since it began; None: it has not."""
+    processes: tuple[int, ...] = ()
+    """Ids of its workers' processes, each on its own node."""
 
 
 @dataclass(slots=True)
@@ -52,6 +54,7 @@ class _Trial:
     rung: int | None = None
     answer: asyncio.Future[bool] | None = None
     workers: dict[int, Any] = field(default_factory=dict)
+    processes: dict[int, int] = field(default_factory=dict)
     errors: dict[int, str] = field(default_factory=dict)
 
 
@@ -73,11 +76,13 @@ class Hub:
         self.trials.pop(ticket, None)
         self.reports = [report for report in self.reports if report.ticket != ticket]
 
-    async def enter(self, ticket: str, rank: int, actor: Any) -> None:
+    async def enter(self, ticket: str, rank: int, process: int, actor: Any = None) -> None:
         """A worker has begun with a trial."""
         if ticket in self.trials:
             trial = self.trials[ticket]
-            trial.workers[rank] = actor
+            trial.processes[rank] = process
+            if actor is not None:
+                trial.workers[rank] = actor
             trial.begun = trial.shown = time.monotonic()
             trial.line = "begins"
 
@@ -147,9 +152,10 @@ class Hub:
 def _seen(trial: _Trial, now: float) -> Seen:
     if trial.begun is None:
         return Seen(trial.line, None, None)
+    processes = tuple(process for _, process in sorted(trial.processes.items()))
     if trial.answer is not None:
-        return Seen(f"waits at rung {trial.rung}", None, now - trial.begun)
-    return Seen(trial.line, now - trial.shown, now - trial.begun)
+        return Seen(f"waits at rung {trial.rung}", None, now - trial.begun, processes)
+    return Seen(trial.line, now - trial.shown, now - trial.begun, processes)
 
 
 class HubGuide:

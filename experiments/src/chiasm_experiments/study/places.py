@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import traceback
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -60,7 +61,7 @@ class TrialActor:
 
     def run(self, job: Job, hub: Any, ticket: str) -> Result:
         """Executes a trial."""
-        hub.enter.remote(ticket, 0, None)
+        hub.enter.remote(ticket, 0, os.getpid())
         try:
             manifest = execute(job, HubGuide(hub, ticket), self.warm, Workers(0, 1, self.device))
             return Result(manifest["status"], manifest, gpu_bytes=self.gpu_bytes)
@@ -129,7 +130,7 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any] | None:
     """What Ray Train runs on each of several workers: the manifest, or None where the trial was stopped."""
     hub, ticket, workers = config["hub"], config["ticket"], Workers.current()
     torch.set_num_threads(config["threads"])
-    hub.enter.remote(ticket, workers.rank, ray.get_runtime_context().current_actor)
+    hub.enter.remote(ticket, workers.rank, os.getpid(), ray.get_runtime_context().current_actor)
     try:
         return execute(Job(**config["job"]), HubGuide(hub, ticket))
     except StoppedError:
