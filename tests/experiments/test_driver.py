@@ -265,7 +265,7 @@ def test_fresh_deletes_earlier_results_and_nothing_else(bench):
     assert (bench.out / "thesis.tex").read_text() == "precious"
 
 
-def test_the_newest_budget_stops_new_trials_and_finishes_running_ones(bench, monkeypatch):
+def test_a_spent_budget_stops_new_trials_and_finishes_running_ones(bench, monkeypatch):
     from chiasm_experiments.study import record
 
     clock = {"now": 1000.0}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 
 import optuna
 import pytest
@@ -15,7 +16,7 @@ from chiasm_experiments.study.config import Study
 from chiasm_experiments.study.objective import front, ranked
 from chiasm_experiments.study.search import make_sampler
 from chiasm_experiments.study.settings import Objective
-from chiasm_experiments.study.sweep import Options
+from chiasm_experiments.study.sweep import Options, sweep
 from fake_pool import PLAIN, STUDY, Bench, FakePool, score
 
 RATES = {"low": 1e-5, "high": 1e-1, "log": True}
@@ -156,8 +157,9 @@ def test_a_cell_proposed_again_runs_its_next_seed_and_then_no_more(bench):
     for about in bench.plan["trials"].values():
         cells.setdefault(json.dumps(about["levels"]), []).append(about["seed"])
     assert list(cells.values()) == [[3, 5]] * 4
-    assert bench.sweep().complete == 8
-    assert bench.pool.started == []
+    before = len(bench.trials())
+    assert sweep(bench.path, bench.out, PLAIN, bench.said.append, open_pool=None).complete == 8  # it needs no pool
+    assert len(bench.trials()) == before
 
 
 def test_earlier_studies_begin_a_search(bench, tmp_path):
@@ -241,8 +243,21 @@ def test_an_edited_search_keeps_what_fits(bench):
     assert len(bench.plan["trials"]) == 10
 
 
-def test_two_slots_never_run_one_trial_twice(bench):
-    search(bench, 12, seeds=[0, 1]).sweep(score=score, size=4)
-    assert len(set(bench.pool.started)) == len(bench.pool.started) == 12
-    assert FakePool(score).free == 1
-    assert Options() == PLAIN
+def test_drivers_with_several_slots_never_run_one_trial_twice(bench):
+    search(bench, 12, seeds=[0, 1])
+    pools = [FakePool(score, 2), FakePool(score, 3)]
+    start = threading.Barrier(2)
+    ended = []
+
+    def drive(pool):
+        start.wait()
+        ended.append(sweep(bench.path, bench.out, PLAIN, lambda line: None, lambda state, say: pool))
+
+    threads = [threading.Thread(target=drive, args=(pool,)) for pool in pools]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    started = pools[0].started + pools[1].started
+    assert len(set(started)) == len(started) == 12
+    assert [outcome.complete for outcome in ended] == [12, 12]

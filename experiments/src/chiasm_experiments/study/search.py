@@ -51,7 +51,6 @@ class Search:
         self.config = study.config
         self.makers = makers
         self.say = say
-        self.exhausted = False
         self.record: Record | None = None
 
     def begin(self, record: Record) -> None:
@@ -89,15 +88,13 @@ class Search:
                 if self.spent or study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
                     return None
                 fruitless = self._fruitless(study)
-                if fruitless >= FRUITLESS:
-                    self.exhausted = True
-                    self.say(f"the search ends early: {fruitless} proposals in a row were nothing new that can run")
-                    return None
                 number = len(study.get_trials(deepcopy=False))
                 study.sampler = make_sampler(self.config, number, at_random=fruitless >= RANDOM_AFTER)
                 made = self._complete(record.hold(study.ask()))
             if made is not None:
                 return made
+            if fruitless + 1 == FRUITLESS:
+                self.say(f"the search ends early: {FRUITLESS} proposals in a row were nothing new that can run")
 
     def resume(self, unfinished: optuna.Trial) -> optuna.Trial | None:
         """Ends what a driver that died began to propose."""
@@ -185,8 +182,10 @@ class Search:
     def spent(self) -> bool:
         """Whether no further trial is to be proposed."""
         record, trials = self._record(), self.config.search.trials
-        if self.exhausted or trials is None:
-            return self.exhausted
+        if self._fruitless(record.studies[record.fidelities[0]]) >= FRUITLESS:
+            return True
+        if trials is None:
+            return False
         latest = record.latest(record.fidelities[0]).values()
         return sum(ADDED not in trial.user_attrs for trial in latest) >= trials
 
