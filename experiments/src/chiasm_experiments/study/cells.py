@@ -13,10 +13,11 @@ from typing import Any
 from chiasm.config import RunConfig
 from chiasm.cost import SampleSize
 from chiasm.errors import ConfigError
+from chiasm_experiments.study.cell import FULL, Cell, Skipped
 from chiasm_experiments.study.config import Study
 from chiasm_experiments.study.designs import combinations_of
 from chiasm_experiments.study.fields import content
-from chiasm_experiments.study.maker import FULL, Cell, Maker, Skipped, fidelities, planned
+from chiasm_experiments.study.maker import Maker, fidelities, planned
 from chiasm_experiments.study.sharing import prefixes
 from chiasm_experiments.study.space import BASE, Chosen, Fixed
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
@@ -13,75 +12,17 @@ from chiasm.cost import SampleSize
 from chiasm.errors import ConfigError
 from chiasm.plan import RunPlan, plan_run
 from chiasm.yamlfile import Problem
+from chiasm_experiments.study.cell import FULL, Cell, Skipped, number_of
 from chiasm_experiments.study.config import Levels, Study, level_location
 from chiasm_experiments.study.fields import Replacement, content, replaced, value_at
 from chiasm_experiments.study.settings import Planned, Range, label_of
 from chiasm_experiments.study.space import BASE, Chosen, Space
 
-FULL = "full"
-"""The fidelity of a study that names none."""
 GIB = 2**30
 CONNECTORS = {"fusion", "adapter", "tokens"}
 """What a stage of alignment trains: nothing but what stands between the frozen encoders and language model."""
 UNPLANNED = ("data", "lr", "betas", "weight_decay", "epochs", "steps", "schedule", "warmup", "clip_norm")
 """Fields of a stage that no plan depends on."""
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """One combination of levels at one fidelity.
-
-    Args:
-        levels: every factor to the label of its level, or the text of a range's number. A factor that does not vary in
-            this cell has the level that equals what the run holds, else `base`.
-        run: the complete run, with the base's seed and the fidelity's fields.
-        plan: what planning it gave.
-        fidelity: its name; `full` where the study has none.
-    """
-
-    levels: dict[str, str]
-    run: RunConfig
-    plan: RunPlan
-    fidelity: str = FULL
-
-    @property
-    def label(self) -> str:
-        """The levels in words."""
-        return label_of_levels(self.levels)
-
-
-@dataclass(frozen=True, slots=True)
-class Skipped:
-    """Levels that no trial has.
-
-    Args:
-        levels: as of a cell; of some factors alone where these can be in no cell.
-        fidelity: at which they were judged.
-        reasons: why, in words.
-        by: `plan`: they cannot work; `constraint`: the study leaves them out.
-    """
-
-    levels: dict[str, str]
-    fidelity: str
-    reasons: tuple[str, ...]
-    by: Literal["plan", "constraint"]
-
-    @property
-    def label(self) -> str:
-        """The levels in words."""
-        return label_of_levels(self.levels)
-
-
-def label_of_levels(levels: Mapping[str, str]) -> str:
-    """The levels that differ from the base run, in words; a number or switch is told with its field."""
-    words = []
-    for path, label in levels.items():
-        if label != BASE:
-            number = number_of(label)
-            bare = number is not None or label in ("True", "False", "None")
-            shown = f"{number:.4g}" if number is not None and len(label) > 8 else label
-            words.append(f"{path.rpartition('.')[2]}={shown}" if bare else label)
-    return ", ".join(words) or BASE
 
 
 def fidelities(study: Study) -> tuple[str, ...]:
@@ -296,11 +237,3 @@ def _in_range(path: str, given: Any, known: Range) -> int | float:
         kind = "a whole number" if known.whole else "a number"
         raise ConfigError(f"factor {path!r}: wanted {kind} from {known.low} to {known.high}, given {given!r}")
     return int(value) if known.whole else value
-
-
-def number_of(value: Any) -> float | None:
-    """A number or its text as a number, None for anything else."""
-    try:
-        return None if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        return None
