@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -197,9 +198,23 @@ def connector_cost(run: RunConfig, features: Sequence[FeatureSpec], llm_width: i
     """The cost of a run's fusion and adapter, by running them on fake tensors: no number is computed."""
     fusion_class, fusion_config = resolve("fusion", run.vision.fusion)
     adapter_class, adapter_config = resolve("adapter", run.vision.adapter)
+    fusion, adapter = fusion_config.model_dump_json(), adapter_config.model_dump_json()
+    return _connector_cost(fusion_class, fusion, adapter_class, adapter, tuple(features), llm_width)
+
+
+@lru_cache(maxsize=1024)  # the cells of a study have few connectors, and each takes a good part of a second
+def _connector_cost(
+    fusion_class: type[Fusion],
+    fusion_config: str,
+    adapter_class: type[Adapter],
+    adapter_config: str,
+    features: tuple[FeatureSpec, ...],
+    llm_width: int,
+) -> ConnectorCost:
+    """That of these classes with their configurations as JSON."""
     with FakeTensorMode():
-        fusion: Fusion = fusion_class(fusion_config, features, llm_width)
-        adapter: Adapter = adapter_class(adapter_config, fusion.out, llm_width)
+        fusion = fusion_class(fusion_class.Config.model_validate_json(fusion_config), features, llm_width)
+        adapter = adapter_class(adapter_class.Config.model_validate_json(adapter_config), fusion.out, llm_width)
         connector = nn.ModuleList([fusion, adapter]).train()
 
         def forward(views: int) -> Tensor:
