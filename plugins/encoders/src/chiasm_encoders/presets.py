@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from pydantic import Field, create_model
+from pydantic import ConfigDict, Field
 
 from chiasm.settings import Source
 from chiasm_encoders._transformers import TransformersEncoder
@@ -45,14 +45,19 @@ def preset(source: str, *, image: dict[str, Any] | None = None, **shape: Any) ->
 
 def _nested(cls: type, name: str, base: Any, fields: dict[str, tuple[Any, Any]]) -> Any:
     """A subclass of a configuration model with other defaults, found as an attribute of `cls` when it is unpickled."""
-    described: dict[str, Any] = {
-        field: (annotation, Field(default, description=base.model_fields[field].description))
-        for field, (annotation, default) in fields.items()
+    namespace: dict[str, Any] = {
+        field: Field(default, description=base.model_fields[field].description)
+        for field, (_, default) in fields.items()
     }
-    options: dict[str, Any] = {"__base__": base, "__module__": cls.__module__, "__doc__": base.__doc__}
-    model = create_model(name, **(options | described))
-    model.__qualname__ = f"{cls.__qualname__}.{name}"
-    return model
+    namespace |= {
+        "__annotations__": {field: annotation for field, (annotation, _) in fields.items()},
+        "__module__": cls.__module__,
+        "__qualname__": f"{cls.__qualname__}.{name}",
+        "__doc__": base.__doc__,
+        # what each field is stands above; to look for it in this module's source would take most of the import
+        "model_config": ConfigDict(use_attribute_docstrings=False),
+    }
+    return type(base)(name, (base,), namespace)
 
 
 @preset("openai/clip-vit-large-patch14-336")
