@@ -9,10 +9,11 @@ import threading
 
 import pytest
 from optuna.trial import TrialState
+from ray.exceptions import RaySystemError
 
 from chiasm.errors import ConfigError
 from chiasm_experiments.study.executor import Ended
-from chiasm_experiments.study.sweep import Options, sweep
+from chiasm_experiments.study.sweep import ClusterLostError, Options, sweep
 from fake_pool import PLAIN, STUDY, Bench, FakePool, score, statuses
 
 
@@ -183,6 +184,18 @@ def test_a_second_ctrl_c_ends_at_once(bench):
         bench.sweep(on_event=lambda pool: [twice(pool), twice(pool)])
     assert bench.pool.closed
     assert bench.sweep().complete == 8
+
+
+def test_a_cluster_that_dies_is_told_and_nothing_is_lost(bench):
+    def dies(pool):
+        if len(pool.finished) == 2:
+            raise RaySystemError("the node has crashed")
+
+    with pytest.raises(ClusterLostError, match=r"the Ray cluster is gone.*crashed.*go on from there"):
+        bench.sweep(on_event=dies)
+    assert bench.pool.closed
+    assert bench.sweep().complete == 8
+    assert len(bench.pool.started) == 6
 
 
 def test_two_drivers_share_the_work_and_run_nothing_twice(bench):

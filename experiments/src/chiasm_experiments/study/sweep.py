@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 import optuna
 from optuna.trial import TrialState
 
-from chiasm.errors import ConfigError
+from chiasm.errors import ChiasmError, ConfigError
 from chiasm_experiments.study.cells import Cell, Cells, Trial, fidelities, make_cells, make_trials, refuse_invalid
 from chiasm_experiments.study.config import Study
 from chiasm_experiments.study.driver import Driver
@@ -25,6 +26,10 @@ from chiasm_experiments.training.run import check_data
 
 if TYPE_CHECKING:
     from chiasm_experiments.study.executor import Pool
+
+
+class ClusterLostError(ChiasmError):
+    """The cluster on which a study ran cannot be reached any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,14 +198,23 @@ def _drive(
     stopped, code = None, 0
     if _something(state, source):
         pool = open_pool(state, say)
+        from ray.exceptions import RayError
+
         with listening() as signals:  # behind ray.init, which takes SIGTERM for itself
             try:
                 driver = Driver(state, source, pool, sharing, signals, options.only, say)
                 left = len(record.trials(states=(TrialState.WAITING, TrialState.RUNNING)))
                 say(f"{left} trials in line, {pool.size} at once; results in {state.folder}")
                 driver.run()
+            except RayError as error:
+                what = " ".join(str(error).split())[:300]
+                raise ClusterLostError(
+                    f"the Ray cluster is gone or refuses: {what}. Finished trials are kept and the others have their "
+                    "checkpoints; give the same command again to go on from there"
+                ) from error
             finally:
-                pool.close()
+                with contextlib.suppress(RayError):
+                    pool.close()
             stopped, code = driver.stopped, signals.exit_code
     return _outcome(state, stopped, code)
 
