@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -9,14 +10,17 @@ from itertools import combinations
 import numpy as np
 
 from chiasm.errors import DataError
+from chiasm_experiments.report.additive import AdditiveFit, additive_fit
 from chiasm_experiments.report.cells import (
     SIGNIFICANCE,
     CellResult,
     ControlResult,
+    cell_key,
     cell_results,
     control_result,
     runs_of,
 )
+from chiasm_experiments.report.interactions import Interaction, interactions
 from chiasm_experiments.report.pairing import cell_interval, paired_difference
 from chiasm_experiments.report.statistics import Interval, Verdict, holm
 from chiasm_experiments.report.study import Study, Trial
@@ -95,13 +99,22 @@ class SkillTable:
 
 @dataclass(frozen=True, slots=True)
 class Analysis:
-    """Everything that is computed for one benchmark."""
+    """Everything that is computed for one benchmark at one fidelity.
+
+    Args:
+        interactions: where four cells of two factors differ in nothing else.
+        additive: for pairwise designs, in which hardly any cells match.
+        fidelity: at which all of it was run; None where the study knows of none.
+    """
 
     scores: BenchmarkScores
     cells: tuple[CellResult, ...]
     control: ControlResult | None
     effects: tuple[FactorEffect, ...]
     skills: SkillTable
+    interactions: tuple[Interaction, ...] = ()
+    additive: AdditiveFit | None = None
+    fidelity: str | None = None
 
 
 def analyse(study: Study, scores: BenchmarkScores) -> Analysis:
@@ -113,8 +126,16 @@ def analyse(study: Study, scores: BenchmarkScores) -> Analysis:
     cells = cell_results(study, scores)
     effects = tuple(factor_effect(study, scores, factor) for factor in study.varied)
     effects = tuple(effect for effect in effects if len(effect.levels) > 1)
-    skills = _skills(study, scores, cells, effects)
-    return Analysis(scores, cells, control_result(study, scores, cells), effects, skills)
+    return Analysis(
+        scores=scores,
+        cells=cells,
+        control=control_result(study, scores, cells),
+        effects=effects,
+        skills=_skills(study, scores, cells, effects),
+        interactions=interactions(study, scores),
+        additive=additive_fit(study, scores) if study.design == "pairwise" else None,
+        fidelity=study.fidelity,
+    )
 
 
 def factor_effect(study: Study, scores: BenchmarkScores, factor: str) -> FactorEffect:
@@ -125,7 +146,8 @@ def factor_effect(study: Study, scores: BenchmarkScores, factor: str) -> FactorE
     """
     by_level = _levels(study, scores, factor)
     control = study.control.label if study.control is not None and study.control.path == factor else None
-    order = sorted(by_level, key=lambda level: (level != control, study.factors[factor].index(level)))
+    base = _base(study, scores, factor) if study.design == "one_factor" else None
+    order = sorted(by_level, key=lambda level: (level != control, level != base, study.factors[factor].index(level)))
     found: list[tuple[str, str, Interval]] = []
     unmatched = []
     for b, a in combinations(order, 2):
@@ -144,6 +166,13 @@ def factor_effect(study: Study, scores: BenchmarkScores, factor: str) -> FactorE
     )
     effect = FactorEffect(factor, tuple(order), control, comparisons, tuple(unmatched), None)
     return FactorEffect(factor, effect.levels, control, comparisons, effect.unmatched, _best(effect))
+
+
+def _base(study: Study, scores: BenchmarkScores, factor: str) -> str | None:
+    """In a one-factor design the level at which this factor stands while others vary; None where no other does."""
+    cells = {cell_key(trial.cell): trial.cell[factor] for trial in scores.trials}
+    (level, count), *_ = Counter(cells.values()).most_common(1)
+    return level if count > 1 else None
 
 
 def _levels(study: Study, scores: BenchmarkScores, factor: str) -> dict[str, list[Trial]]:

@@ -9,48 +9,31 @@ from typing import Any
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from chiasm_experiments.report.cells import CellResult
+from chiasm_experiments.report.drawing import BLIND, CHANCE, MUTED, SEEN, STYLE, bare, new_figure, save
 from chiasm_experiments.report.effects import Analysis
+from chiasm_experiments.report.layout import MAX_CELLS, shown_cells
 from chiasm_experiments.report.study import Study
 
-INK, MUTED, GRID = "#1f2933", "#5f6b7a", "#e3e8ee"
-SEEN, BLIND, CHANCE = "#1f5fa8", "#8a6d3b", "#b42318"
-MAX_ROWS = 60
-DPI = 160
 _DASHES = (0, (4, 3))
-
-_STYLE: dict[str, Any] = {
-    "font.family": ["DejaVu Sans"],
-    "font.size": 9.0,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "xtick.color": MUTED,
-    "ytick.color": INK,
-    # Labels are data: a dollar sign in one must not start a formula.
-    "text.parse_math": False,
-}
 
 
 def draw(study: Study, analyses: Sequence[Analysis], path: Path) -> None:
     """Writes a PNG with one panel for each benchmark, the most accurate cell on top; the same bytes for equal input."""
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         shown = [analysis for analysis in analyses if analysis.cells]
-        rows = [len(_shown(analysis.cells)) for analysis in shown]
+        rows = [len(shown_cells(analysis.cells, MAX_CELLS)) for analysis in shown]
         heights = [0.30 * count + 0.2 for count in rows] or [1.0]
-        figure = Figure(figsize=(8.2, sum(heights) + 1.25 * max(len(shown), 1)), dpi=DPI, layout="constrained")
-        FigureCanvasAgg(figure)
-        figure.patch.set_facecolor("white")
+        figure = new_figure(sum(heights) + 1.25 * max(len(shown), 1))
         if not shown:
             figure.text(0.5, 0.5, "No complete trial yet", ha="center", va="center", color=MUTED, fontsize=12)
         else:
             panels = figure.subplots(len(shown), 1, squeeze=False, height_ratios=heights)[:, 0]
             for axes, analysis in zip(panels, shown, strict=True):
                 _panel(study, analysis, axes)
-        figure.savefig(path, format="png", metadata={"Software": None})
+        save(figure, path)
 
 
 def alt_text(study: Study, analyses: Sequence[Analysis]) -> str:
@@ -63,16 +46,8 @@ def alt_text(study: Study, analyses: Sequence[Analysis]) -> str:
     )
 
 
-def _shown(cells: Sequence[CellResult]) -> list[CellResult]:
-    """All cells, or with very many of them the most accurate; the best control is always among them."""
-    if len(cells) <= MAX_ROWS:
-        return list(cells)
-    control = [cell for cell in cells if cell.is_control][:1]
-    return [cell for cell in cells if cell not in control][: MAX_ROWS - len(control)] + control
-
-
 def _panel(study: Study, analysis: Analysis, axes: Axes) -> None:
-    cells = _shown(analysis.cells)
+    cells = shown_cells(analysis.cells, MAX_CELLS)
     for y, cell in enumerate(cells):
         _row(axes, cell, y)
     chance = 100 * float(analysis.scores.chance.mean())
@@ -84,15 +59,11 @@ def _panel(study: Study, analysis: Analysis, axes: Axes) -> None:
     axes.set_ylim(len(cells) - 0.4, -0.6)
     axes.set_xlim(*_limits(cells, chance))
     part = "" if len(cells) == len(analysis.cells) else f" ({len(cells)} of {len(analysis.cells)} cells)"
-    axes.set_xlabel(f"accuracy on {analysis.scores.name}, %{part}")
-    if len(study.varied) > 1:
-        heading = "  \N{MIDDLE DOT}  ".join(study.short[path] for path in study.varied)
+    axes.set_xlabel(f"accuracy on {analysis.scores.name}{study.where}, %{part}")
+    if len(study.named) > 1:
+        heading = "  \N{MIDDLE DOT}  ".join(study.short[path] for path in study.named)
         axes.set_title(heading, loc="left", fontsize=8.5, color=MUTED, x=0.0)
-    axes.tick_params(length=0)
-    axes.grid(axis="x", color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side in ("top", "right", "left", "bottom"):
-        axes.spines[side].set_visible(False)
+    bare(axes, "x")
     axes.legend(
         handles=_legend(any(cell.is_control for cell in cells), any(len(cell.trials) > 1 for cell in cells), chance),
         loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=4, frameon=False, fontsize=8, handletextpad=0.4,
@@ -116,7 +87,7 @@ def _row(axes: Axes, cell: CellResult, y: float) -> None:
 
 
 def _label(study: Study, cell: CellResult) -> str:
-    text = "  \N{MIDDLE DOT}  ".join(cell.cell[path] for path in study.varied) or cell.label
+    text = "  \N{MIDDLE DOT}  ".join(study.value(cell.cell, path) for path in study.named) or cell.label
     text = text if len(text) <= 60 else text[:57] + "..."
     return f"{text}  (control)" if cell.is_control else text
 

@@ -63,6 +63,19 @@ def parameters(value: int | None) -> str:
     return str(value)
 
 
+def flops(value: float) -> str:
+    """`1.2 TFLOP`."""
+    for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}FLOP"
+    return f"{value:.0f} FLOP"
+
+
+def coefficient(value: float) -> str:
+    """A correlation: `0.83`."""
+    return f"{value:.2f}".replace("-", _MINUS)
+
+
 def duration(seconds: float | None) -> str:
     """`8.4 s`, `412 s`, `1 h 52 min`."""
     if seconds is None:

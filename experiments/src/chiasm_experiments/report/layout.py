@@ -13,6 +13,7 @@ from chiasm_experiments.report.statistics import Interval
 from chiasm_experiments.report.study import Study
 
 MAX_LEVELS_ALL_PAIRS = 6
+MAX_CELLS = 60
 
 Mark = Literal["", "control", "better", "worse", "undecided", "failed"]
 
@@ -49,19 +50,19 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A heading with paragraphs, tables and, where `figure` is true, the figure after them."""
+    """A heading with paragraphs, tables and, after them, figures by the names of their files."""
 
     title: str
     paragraphs: tuple[str, ...] = ()
     tables: tuple[Table, ...] = ()
-    figure: bool = False
+    figures: tuple[str, ...] = ()
 
 
 def cells_table(study: Study, analysis: Analysis) -> Table:
-    """A row for each cell, the most accurate first."""
+    """A row for each cell, the most accurate first; of very many only those."""
     scores = analysis.scores
     with_control = analysis.control is not None
-    columns = [Column(study.short[path], note=path) for path in study.varied]
+    columns = cell_columns(study)
     columns.append(Column("accuracy, %", True, "with its 95% interval over images and seeds"))
     if with_control:
         columns.append(Column("minus control", True, "points; against the control in the same cell"))
@@ -74,11 +75,8 @@ def cells_table(study: Study, analysis: Analysis) -> Table:
         Column("questions", True, "those with a score in every seed"),
     ]
     rows = []
-    for cell in analysis.cells:
-        values = [cell.cell[path] for path in study.varied]
-        if cell.is_control and study.control is not None:
-            at = list(study.varied).index(study.control.path) if study.control.path in study.varied else 0
-            values[at] += " (control)"
+    for cell in shown_cells(analysis.cells, MAX_CELLS):
+        values = cell_values(study, cell)
         values.append(fmt.accuracy(cell.accuracy))
         if with_control:
             values.append("control" if cell.is_control else fmt.difference(cell.minus_control))
@@ -92,10 +90,37 @@ def cells_table(study: Study, analysis: Analysis) -> Table:
     ]
     if study.control is not None and not with_control:
         notes.append("No trial of the control has a score.")
-    return Table(f"{scores.name}: accuracy of every cell", tuple(columns), tuple(rows), tuple(notes))
+    if len(rows) < len(analysis.cells):
+        notes.append(
+            f"Of {len(analysis.cells)} cells the {len(rows)} most accurate are shown, with the best control; "
+            "results.parquet has all."
+        )
+    caption = f"{scores.name}: accuracy of every cell{study.where}"
+    return Table(caption, tuple(columns), tuple(rows), tuple(notes))
 
 
-def effect_table(effect: FactorEffect) -> Table:
+def cell_columns(study: Study) -> list[Column]:
+    """A column for each factor that tells one cell from another."""
+    return [Column(study.short[path], path in study.ranges, note=path) for path in study.named] or [Column("cell")]
+
+
+def cell_values(study: Study, cell: CellResult) -> list[str]:
+    """What stands in these columns; the control is said to be one."""
+    values = [study.value(cell.cell, path) for path in study.named] or [cell.label]
+    if cell.is_control and study.control is not None:
+        values[study.named.index(study.control.path) if study.control.path in study.named else 0] += " (control)"
+    return values
+
+
+def shown_cells(cells: Sequence[CellResult], most: int) -> list[CellResult]:
+    """All cells, or with very many of them the most accurate; the best control is always among them."""
+    if len(cells) <= most:
+        return list(cells)
+    control = [cell for cell in cells if cell.is_control][:1]
+    return [cell for cell in cells if cell not in control][: most - len(control)] + control
+
+
+def effect_table(effect: FactorEffect, where: str = "") -> Table:
     """Every pair of levels, or with many levels those that concern the best one or the control."""
     shown = effect.comparisons
     notes = []
@@ -130,7 +155,9 @@ def effect_table(effect: FactorEffect) -> Table:
         Column("cells \N{MULTIPLICATION SIGN} seeds", True, "matched cells of the other factors"),
         Column("questions (images)", True),
     )
-    return Table(f"Effect of {effect.factor}", columns, tuple(_effect_row(c, effect) for c in shown), tuple(notes))
+    return Table(
+        f"Effect of {effect.factor}{where}", columns, tuple(_effect_row(c, effect) for c in shown), tuple(notes)
+    )
 
 
 def skills_table(study: Study, analysis: Analysis) -> Table:
@@ -149,7 +176,8 @@ def skills_table(study: Study, analysis: Analysis) -> Table:
     notes = ["Intervals describe one skill each and are not adjusted for their number."]
     if skills.factor is not None and len(analysis.effects) > 1:
         notes.insert(0, f"{skills.factor} is the factor with the largest difference; the other factors are averaged.")
-    return Table(f"{analysis.scores.name}: accuracy by skill for each {by}, %", tuple(columns), rows, tuple(notes))
+    caption = f"{analysis.scores.name}: accuracy by skill for each {by}{study.where}, %"
+    return Table(caption, tuple(columns), rows, tuple(notes))
 
 
 def quality_table(study: Study, analysis: Analysis) -> Table:
@@ -169,18 +197,20 @@ def quality_table(study: Study, analysis: Analysis) -> Table:
         values = (cell.label, seeds, spread, fmt.percent(cell.unparsed), fmt.percent(cell.not_scored))
         rows.append(Row(values, "control" if cell.is_control else ""))
     notes = [f"{trial.id} has no score on this benchmark." for trial in analysis.scores.dropped]
-    return Table(f"{analysis.scores.name}: seeds and answers by cell", columns, tuple(rows), tuple(notes))
+    return Table(f"{analysis.scores.name}: seeds and answers by cell{study.where}", columns, tuple(rows), tuple(notes))
 
 
 def failures_table(study: Study) -> Table | None:
-    """Trials that failed or have not finished; None where there are none."""
+    """Trials of all fidelities that failed or have not finished; None where there are none. Pruned ones have not."""
     rows = []
-    for trial in study.trials:
-        if trial.status != "complete":
+    for trial in study.every:
+        if trial.status in ("failed", "unfinished"):
             what = study.label(trial.cell) if trial.cell else fmt.MISSING
             seed = str(trial.seed) if trial.cell else fmt.MISSING
-            rows.append(Row((trial.id, what, seed, trial.status, trial.error or fmt.MISSING), "failed"))
-    columns = (Column("trial"), Column("cell"), Column("seed", True), Column("status"), Column("error"))
+            at = (trial.fidelity or fmt.MISSING,) if study.several else ()
+            rows.append(Row((trial.id, what, *at, seed, trial.status, trial.error or fmt.MISSING), "failed"))
+    at_ = (Column("fidelity"),) if study.several else ()
+    columns = (Column("trial"), Column("cell"), *at_, Column("seed", True), Column("status"), Column("error"))
     return Table("Trials without a result", columns, tuple(rows)) if rows else None
 
 

@@ -72,19 +72,44 @@ def paired_difference(a: Runs, b: Runs) -> Interval:
         DataError: the question sets differ, no cell and seed occurs on both sides, or no question was scored in
             every run.
     """
-    _require_equal_questions(a, b)
-    row_a, row_b = ({key: i for i, key in enumerate(runs.keys)} for runs in (a, b))
-    shared = [key for key in a.keys if key in row_b]
+    return contrast(((1.0, a), (-1.0, b)))
+
+
+def contrast(terms: Sequence[tuple[float, Runs]]) -> Interval:
+    """A sum of accuracies, each times its coefficient, paired as `paired_difference` pairs two.
+
+    Args:
+        terms: coefficients and runs; the cells and seeds that all of them have are used.
+
+    Raises:
+        DataError: as `paired_difference` says.
+    """
+    (_, first), *others = terms
+    name = " and ".join(dict.fromkeys(runs.name for _, runs in terms))
+    for _, runs in others:
+        _require_equal_questions(first, runs)
+    rows = [{key: i for i, key in enumerate(runs.keys)} for _, runs in terms]
+    shared = [key for key in first.keys if all(key in row for row in rows)]
     if not shared:
-        raise DataError(f"{a.name} and {b.name} have no cell and seed in common, so nothing can be compared")
+        raise DataError(f"{name} have no cell and seed in common, so nothing can be compared")
     design = seed_design(shared)
     used = [shared[i] for i in design.rows]
-    difference = a.scores[[row_a[key] for key in used]] - b.scores[[row_b[key] for key in used]]
-    keep = _scored(difference)
-    _require_scores(keep, f"{a.name} and {b.name}")
-    values = design.weights @ difference[:, keep]
-    interval = mean_interval(values, a.clusters[keep], seed_factor=design.factor)
+    parts = [
+        coefficient * runs.scores[[row[key] for key in used]]
+        for (coefficient, runs), row in zip(terms, rows, strict=True)
+    ]
+    total = np.sum(parts, axis=0)
+    keep = _scored(total)
+    _require_scores(keep, name)
+    bounds = _bounds([coefficient for coefficient, _ in terms])
+    values = design.weights @ total[:, keep]
+    interval = mean_interval(values, first.clusters[keep], bounds=bounds, seed_factor=design.factor)
     return _counted(interval, design, keep)
+
+
+def _bounds(coefficients: Sequence[float]) -> tuple[float, float]:
+    """Between which a sum of scores in [0, 1] lies."""
+    return sum(min(value, 0.0) for value in coefficients), sum(max(value, 0.0) for value in coefficients)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

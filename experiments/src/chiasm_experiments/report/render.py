@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 
@@ -25,7 +25,7 @@ class Document:
         summary: the answer in a few sentences.
         warnings: what must be known before.
         sections: the evidence.
-        figure_alt: the figure in words.
+        figures: each figure in words, by the name of its file.
     """
 
     title: str
@@ -34,19 +34,19 @@ class Document:
     summary: tuple[Line, ...]
     warnings: tuple[str, ...]
     sections: tuple[Section, ...]
-    figure_alt: str
+    figures: Mapping[str, str]
 
 
-def to_html(document: Document, png: bytes) -> str:
-    """One page without script and without any reference to another file; the figure is inside."""
+def to_html(document: Document, pictures: Mapping[str, bytes]) -> str:
+    """One page without script and without any reference to another file; `pictures`, PNG by name, are inside."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     source = resources.files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8")
-    image = base64.b64encode(png).decode("ascii")
-    return environment.from_string(source).render(doc=document, image=image) + "\n"
+    images = {name: base64.b64encode(png).decode("ascii") for name, png in pictures.items()}
+    return environment.from_string(source).render(doc=document, images=images) + "\n"
 
 
-def to_markdown(document: Document, figure: str) -> str:
-    """GitHub's Markdown; `figure` is the image's path relative to the page."""
+def to_markdown(document: Document) -> str:
+    """GitHub's Markdown; the figures lie beside the page."""
     lines = [f"# {_escape(document.title)}", ""]
     if document.question:
         lines += [f"*{_escape(document.question)}*", ""]
@@ -60,8 +60,8 @@ def to_markdown(document: Document, figure: str) -> str:
             lines += ["", _escape(paragraph)]
         for table in section.tables:
             lines += ["", *_table(table)]
-        if section.figure:
-            lines += ["", f"![{_escape(document.figure_alt)}]({figure})"]
+        for name in section.figures:
+            lines += ["", f"![{_escape(document.figures[name])}]({name})"]
     return "\n".join(lines) + "\n"
 
 

@@ -25,17 +25,29 @@ class Line:
 
 
 def summary(study: Study, analyses: Sequence[Analysis]) -> tuple[Line, ...]:
-    """For each factor its best level or `undecided`, then the control, then how much of the plan this rests on."""
+    """For each factor its best level or `undecided`, then the control, then how much of the plan this rests on.
+
+    All of it is said of one fidelity, that of the study as it is given.
+    """
     lines = []
     for analysis in analyses:
         where = f"{analysis.scores.name}: " if len(analyses) > 1 else ""
-        lines += [Line(where + study.short[effect.factor], _factor(effect)) for effect in analysis.effects]
-        if not analysis.effects and analysis.cells:
+        if study.design == "search" and analysis.cells and not analysis.cells[0].is_control:
+            lines.append(Line(f"{where}best cell", _best(study, analysis)))
+        lines += [
+            Line(where + study.short[effect.factor], _factor(effect))
+            for effect in analysis.effects
+            # what a search proposes seldom matches; that nothing does is said once, in its section
+            if effect.comparisons or study.design != "search"
+        ]
+        if not analysis.effects and analysis.cells and study.design != "search":
             best = analysis.cells[0]
             lines.append(Line(where + best.label, f"Scores {fmt.accuracy(best.accuracy)}; nothing was varied."))
         if analysis.control is not None:
             lines.append(Line(f"{where}control", _control(analysis.control, analysis)))
     lines.append(Line("trials", _trials(study, analyses)))
+    if study.several:
+        lines.insert(0, Line("fidelity", _fidelity(study)))
     return tuple(lines)
 
 
@@ -65,6 +77,22 @@ def warnings(study: Study, analyses: Sequence[Analysis]) -> tuple[str, ...]:
     if study.control is not None and analyses and all(analysis.control is None for analysis in analyses):
         found.append(f"No trial of the control {study.control.label} has a score, so leaks cannot be seen.")
     return tuple(found)
+
+
+def _best(study: Study, analysis: Analysis) -> str:
+    best = analysis.cells[0]
+    seeds = fmt.number(len(best.trials), "seed")
+    return f"{best.label} scores {fmt.accuracy(best.accuracy)} % with {seeds}, the most of {len(analysis.cells)} cells."
+
+
+def _fidelity(study: Study) -> str:
+    others = [name for name in study.finished if name != study.fidelity]
+    text = f"All that follows was found at fidelity {study.fidelity}"
+    if study.fidelity != study.fidelities[-1]:
+        text += f", and nothing is complete at {study.fidelities[-1]} yet"
+    return (
+        f"{text}. {', '.join(others)} {'has' if len(others) == 1 else 'have'} tables below." if others else f"{text}."
+    )
 
 
 def _thin(analysis: Analysis) -> list[str]:

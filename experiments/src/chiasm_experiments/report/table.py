@@ -23,7 +23,7 @@ QUESTION_COLUMNS = (
     "benchmark", "split", "question_id", "cluster", "skill", "question", "reference",
     "response", "parsed", "score", "status", "chance",
 )  # fmt: skip
-STUDY_COLUMNS = ("study", "trial", "seed", "cell")
+STUDY_COLUMNS = ("study", "trial", "fidelity", "seed", "cell")
 # What makes two rows of equal id the same question: were one of them changed, the scores would not compare.
 IDENTITY = ("cluster", "skill", "question", "reference", "chance")
 
@@ -67,7 +67,7 @@ class BenchmarkScores:
 
 
 def load_scores(study: Study) -> tuple[BenchmarkScores, ...]:
-    """Aligns the questions of all complete trials, one record for each benchmark, by name.
+    """Aligns the questions of the complete trials of one fidelity, one record for each benchmark, by name.
 
     Raises:
         DataError: a table lacks a column, a question occurs twice, a score or a chance is not in [0, 1], or two
@@ -85,21 +85,23 @@ def load_scores(study: Study) -> tuple[BenchmarkScores, ...]:
 
 
 def write_results(study: Study, path: Path) -> int:
-    """Writes the long table, one trial at a time; the number of rows.
+    """Writes the long table of all fidelities, one trial at a time; the number of rows.
 
-    Columns: those of `questions.parquet`, then study, trial, seed, cell and one for each factor, named by its path
-    (with `factor:` before it where a column has that name already).
+    Columns: those of `questions.parquet`, then study, trial, fidelity, seed, cell and one for each factor, named by
+    its path (with `factor:` before it where a column has that name already).
     """
     known = set(QUESTION_COLUMNS + STUDY_COLUMNS)
-    column = {factor: f"factor:{factor}" if factor in known else factor for factor in study.factors}
-    added = [pa.field("study", pa.string()), pa.field("trial", pa.string()), pa.field("seed", pa.int64())]
+    column = {factor: f"factor:{factor}" if factor in known else factor for factor in study.paths}
+    complete = [trial for trial in study.every if trial.status == "complete"]
+    added = [pa.field(name, pa.string()) for name in ("study", "trial", "fidelity")]
+    added += [pa.field("seed", pa.int64())]
     added += [pa.field(name, pa.string()) for name in ("cell", *column.values())]
-    schema = pa.schema([*_question_schema(study.complete), *added])
+    schema = pa.schema([*_question_schema(complete), *added])
     rows = 0
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
-        for trial in study.complete:
+        for trial in complete:
             table = pq.read_table(trial.questions, columns=list(QUESTION_COLUMNS))
-            values = [study.name, trial.id, trial.seed, study.label(trial.cell)]
+            values = [study.name, trial.id, trial.fidelity, trial.seed, study.label(trial.cell)]
             values += [trial.cell[factor] for factor in column]
             for item, value in zip(added, values, strict=True):
                 table = table.append_column(item, pa.repeat(pa.scalar(value, item.type), table.num_rows))

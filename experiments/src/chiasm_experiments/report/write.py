@@ -1,31 +1,20 @@
-"""`write_report`: reads a study folder, computes everything once and writes the four files."""
+"""`write_report`: reads a study folder, computes everything once and writes the files of its report."""
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from chiasm_experiments.report import format as fmt
+from chiasm_experiments.report.compose import FIGURE, PICTURES, View, compose
 from chiasm_experiments.report.effects import Analysis, analyse
-from chiasm_experiments.report.figure import alt_text, draw
-from chiasm_experiments.report.layout import (
-    Section,
-    Table,
-    cells_table,
-    effect_table,
-    failures_table,
-    method,
-    quality_table,
-    skills_table,
-)
-from chiasm_experiments.report.provenance import mixed_code, provenance_table
+from chiasm_experiments.report.layout import Table
+from chiasm_experiments.report.reading import load_study
 from chiasm_experiments.report.render import Document, to_html, to_markdown
-from chiasm_experiments.report.study import Study, load_study
-from chiasm_experiments.report.summary import summary, warnings
+from chiasm_experiments.report.study import Study
 from chiasm_experiments.report.table import load_scores, write_results
 
 T = TypeVar("T")
@@ -36,18 +25,20 @@ class Report:
     """What was computed and where it was written.
 
     Args:
-        study: the plan and its trials.
-        analyses: the results of each benchmark, by name, as numbers.
-        document: the same as printed.
+        study: the plan and its trials, seen at the most expensive fidelity with a complete one.
+        analyses: the results of each benchmark there, by name, as numbers.
+        cheaper: the same of the other fidelities, the most expensive first.
+        document: all of it as printed.
         rows: how many rows the long table has.
         results: `results.parquet`, the long table.
         markdown: `report.md`.
         html: `report.html`, one file.
-        figure: `report.png`.
+        figure: `report.png`; figures of costs, ranges and learning curves lie beside it where there are such.
     """
 
     study: Study
     analyses: tuple[Analysis, ...]
+    cheaper: tuple[View, ...]
     document: Document
     rows: int
     results: Path
@@ -64,72 +55,35 @@ class Report:
 def write_report(folder: Path) -> Report:
     """Writes `results.parquet`, `report.md`, `report.html` and `report.png` into a study folder.
 
-    Trials that failed or have not finished are counted and listed; everything else is computed from the rest. Equal
-    input gives equal bytes, and a file is replaced only when it is whole.
+    Trials that were pruned, failed or have not finished are counted and listed; everything else is computed from the
+    rest, within one fidelity at a time. Equal input gives equal bytes, and a file is replaced only when it is whole.
 
     Args:
         folder: has `study.json` and, for each trial, `trials/<id>/manifest.json` and `questions.parquet`.
 
     Raises:
-        DataError: the plan is missing or malformed, a table is unreadable, two complete trials share a cell and a
-            seed, or trials were asked different questions.
+        DataError: the plan is missing or malformed, a table is unreadable, two complete trials share a cell, a seed
+            and a fidelity, or trials of one fidelity were asked different questions.
     """
     study = load_study(folder)
-    analyses = tuple(analyse(study, scores) for scores in load_scores(study))
-    document = compose(study, analyses)
-    paths = {name: folder / name for name in ("results.parquet", "report.md", "report.html", "report.png")}
+    main = _view(study)
+    cheaper = tuple(_view(study.at(name)) for name in study.finished if name != study.fidelity)
+    composed = compose(main, cheaper)
+    paths = {name: folder / name for name in ("results.parquet", "report.md", "report.html", FIGURE)}
     rows = _replace(paths["results.parquet"], lambda path: write_results(study, path))
-    _replace(paths["report.png"], lambda path: draw(study, analyses, path))
-    png = paths["report.png"].read_bytes()
-    _replace_text(paths["report.md"], to_markdown(document, "report.png"))
-    _replace_text(paths["report.html"], to_html(document, png))
-    return Report(study, analyses, document, rows, *paths.values())
+    for name in PICTURES:
+        if name in composed.pictures:
+            _replace(folder / name, composed.pictures[name])
+        else:  # of an earlier report
+            (folder / name).unlink(missing_ok=True)
+    pictures = {name: (folder / name).read_bytes() for name in composed.pictures}
+    _replace_text(paths["report.md"], to_markdown(composed.document))
+    _replace_text(paths["report.html"], to_html(composed.document, pictures))
+    return Report(study, main.analyses, cheaper, composed.document, rows, *paths.values())
 
 
-def compose(study: Study, analyses: Sequence[Analysis]) -> Document:
-    """Puts the results in the order in which a reader needs them."""
-    several = len(analyses) > 1
-    sections = []
-    for analysis in analyses:
-        at = f" on {analysis.scores.name}" if several else ""
-        effects = tuple(effect_table(effect) for effect in analysis.effects)
-        sections.append(Section(f"Every cell{at}", tables=(cells_table(study, analysis),)))
-        if effects:
-            sections.append(Section(f"Effects of the factors{at}", tables=effects))
-        sections.append(Section(f"By skill{at}", tables=(skills_table(study, analysis),)))
-    sections.append(Section("Figure", figure=True))
-    sections.append(Section("How it was computed", paragraphs=method(study, analyses)))
-    if analyses:
-        quality = tuple(quality_table(study, analysis) for analysis in analyses)
-        sections.append(Section("Seeds, unparsed and not scored", tables=quality))
-    failures = failures_table(study)
-    if failures is not None:
-        sections.append(Section("Failures", tables=(failures,)))
-    sections.append(Section("Provenance", tables=(provenance_table(study),)))
-    mixed = mixed_code(study)
-    extra = (f"Complete trials ran with different code, a rival explanation of any difference: {', '.join(mixed)}.",)
-    return Document(
-        title=study.name,
-        question=study.question,
-        facts=_facts(study, analyses),
-        summary=summary(study, analyses),
-        warnings=warnings(study, analyses) + (extra if mixed else ()),
-        sections=tuple(sections),
-        figure_alt=alt_text(study, analyses),
-    )
-
-
-def _facts(study: Study, analyses: Sequence[Analysis]) -> tuple[tuple[str, str], ...]:
-    done = len(study.complete)
-    facts = [("trials", f"{done}" if study.planned is None else f"{done} of {study.planned}")]
-    facts.append(("seeds", str(len({trial.seed for trial in study.complete}))))
-    if len(analyses) == 1:
-        scores = analyses[0].scores
-        facts += [("questions", fmt.count(len(scores.questions))), ("images", fmt.count(scores.images))]
-        facts.append(("chance", fmt.percent(float(scores.chance.mean()))))
-    elif analyses:
-        facts.append(("benchmarks", str(len(analyses))))
-    return tuple(facts)
+def _view(study: Study) -> View:
+    return View(study, tuple(analyse(study, scores) for scores in load_scores(study)))
 
 
 def _replace(path: Path, write: Callable[[Path], T]) -> T:

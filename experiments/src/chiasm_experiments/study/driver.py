@@ -215,13 +215,14 @@ class Driver:
 
     def _submit(self, name: str) -> None:
         running = self.running[name]
-        trial, config = running.trial, self.config
+        trial, config, cost = running.trial, self.config, running.trial.cell.plan.cost
         labels = {
             "trial": name,
             "study": config.name,
             "cell": trial.cell.levels,
             "fidelity": trial.cell.fidelity,
             "seed": trial.seed,
+            "answer_flops": None if cost is None else cost.inference,
         }
         folder = self.record.folder / TRIALS / name
         folder.mkdir(parents=True, exist_ok=True)

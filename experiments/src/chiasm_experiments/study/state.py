@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -30,6 +31,7 @@ from chiasm_experiments.study.record import (
     SEED,
     SKIPPED,
     TRIAL,
+    WARM,
     Record,
     delete_record,
 )
@@ -138,6 +140,7 @@ class State:
                 for trial in self.record.trials()
             }
             description = self._description(self.record.revision, trials, self._proposed_and_skipped())
+            description["warm_start"] = self._warm_start()
             file = self.folder / STUDY
             if not file.is_file() or read_json(file) != description:
                 write_json(file, description)
@@ -234,6 +237,11 @@ class State:
             for trial in self.record.studies[first].get_trials(deepcopy=False)
             if SKIPPED in trial.user_attrs
         ]
+
+    def _warm_start(self) -> dict[str, int]:
+        """How many trials of each earlier study a search began with."""
+        trials = self.record.studies[self.record.fidelities[0]].get_trials(deepcopy=False)
+        return dict(Counter(trial.user_attrs[WARM].partition("/")[0] for trial in trials if WARM in trial.user_attrs))
 
     def _description(
         self, revision: int, trials: Mapping[str, Mapping[str, Any]], proposed: Sequence[Mapping[str, Any]]
