@@ -51,8 +51,14 @@ def labels(study: Study, **options) -> list[str]:
 
 
 def test_a_grid_is_every_combination_with_the_last_factor_changing_first(study):
-    factors = {"vision.adapter": ["mlp", "linear"], "stages.align.lr": {"slow": 1e-4, "fast": 1e-2}, "seed": [3, 4]}
-    wanted = itertools.product(["mlp", "linear"], ["slow", "fast"], ["seed=3", "seed=4"])
+    factors = {
+        "vision.adapter": ["mlp", "linear"],
+        "stages.align.lr": {"slow": 1e-4, "fast": 1e-2},
+        "evaluation_batch_size": [3, 4],
+    }
+    wanted = itertools.product(
+        ["mlp", "linear"], ["slow", "fast"], ["evaluation_batch_size=3", "evaluation_batch_size=4"]
+    )
     assert labels(study(factors)) == [", ".join(item) for item in wanted]
 
 
@@ -94,15 +100,21 @@ def test_conditions_look_at_what_stands_at_the_base_too(study):
 
 
 def test_conditions_that_depend_on_one_another_are_refused(study):
-    factors = {"vision.adapter": ["mlp"], "seed": [1], "system": ["x"]}
-    when = {"vision.adapter": {"seed": 1}, "seed": {"system": "x"}, "system": {"vision.adapter": "mlp"}}
-    with pytest.raises(ConfigError, match=r"when: vision\.adapter, seed, system depend on one another"):
+    factors = {"vision.adapter": ["mlp"], "evaluation_batch_size": [1], "system": ["x"]}
+    when = {
+        "vision.adapter": {"evaluation_batch_size": 1},
+        "evaluation_batch_size": {"system": "x"},
+        "system": {"vision.adapter": "mlp"},
+    }
+    with pytest.raises(
+        ConfigError, match=r"when: vision\.adapter, evaluation_batch_size, system depend on one another"
+    ):
         make_cells(study(factors, when=when))
 
 
 def test_a_grid_beyond_all_bounds_is_refused(study):
     factors = {f"stages.{stage}.{name}": [1, 2, 3, 4, 5] for stage in ("align", "tune") for name in ("lr", "epochs")}
-    factors |= {"seed": [*range(40)]}
+    factors |= {"evaluation_batch_size": [*range(1, 41)]}
     space = Space(study(factors).config, dict.fromkeys(factors, "base"))
     with pytest.raises(ConfigError, match="more than 20,000 cells; take `pairwise`"):
         list(combinations_of(space, lambda _: True, lambda _: None))
@@ -286,15 +298,18 @@ def test_exclude_leaves_out_cells_that_have_all_its_levels(study):
 
 
 def test_exclude_looks_at_what_stands_at_the_base(study):
-    factors = {"vision.adapter": ["mlp", "linear"], "seed": [0, 1]}
-    constraints = {"exclude": [{"vision.adapter": "mlp", "seed": 1}]}
-    assert labels(study(factors, constraints=constraints, design="one_factor")) == ["mlp, seed=0", "linear, seed=0"]
+    factors = {"vision.adapter": ["mlp", "linear"], "evaluation_batch_size": [32, 1]}
+    constraints = {"exclude": [{"vision.adapter": "mlp", "evaluation_batch_size": 1}]}
+    assert labels(study(factors, constraints=constraints, design="one_factor")) == [
+        "mlp, evaluation_batch_size=32",
+        "linear, evaluation_batch_size=32",
+    ]
 
 
 @pytest.mark.parametrize("design", ["grid", "one_factor", "pairwise"])
 def test_constraints_that_leave_nothing_are_an_error_that_says_so(study, design):
     constraints = {"at_most": {"visual_tokens": 15}}
-    factors = {"vision.adapter": ["mlp", "linear"], "seed": [0, 1]}
+    factors = {"vision.adapter": ["mlp", "linear"], "evaluation_batch_size": [32, 1]}
     with pytest.raises(ConfigError, match="leave no cell:\n.*visual_tokens 15, planned 16"):
         make_cells(study(factors, constraints=constraints, design=design))
 

@@ -96,7 +96,10 @@ def test_fields_that_the_base_leaves_to_defaults_can_vary(write):
         ({"factor": {}}, r"study\.yaml:\d+: factor: unknown field\. Did you mean 'factors'"),
         ({"base": "gone.yaml"}, r"study\.yaml:2: base: the run .*gone\.yaml' does not exist"),
         ({"control": {"vision.adapter": "blind"}}, "no factor 'vision.adapter' with level 'blind'"),
+        ({"base": "study.yaml"}, r"study\.yaml:2: base: wanted the file of a run, .*study\.yaml' holds a study"),
         ({"seeds": [1, 1]}, "wanted different numbers"),
+        ({"seeds": [2**32]}, "wanted different numbers"),
+        ({"factors": {"seed": [0, 1]}}, "factor 'seed': seeds are repetitions"),
         ({"name": "a/b"}, r"study\.yaml:1: name: "),
     ],
 )
@@ -128,6 +131,13 @@ def test_cells_that_cannot_work_stop_the_study_before_it_starts(write, tmp_path,
     with pytest.raises(ConfigError, match=says):
         refuse_invalid(make_cells(Study(path)), Study(path))
     with pytest.raises(ConfigError, match=says):
+        sweep(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_study_that_nothing_would_score_stops_before_it_starts(write, tmp_path):
+    path = write(run={key: value for key, value in RUN.items() if key != "evaluate"})
+    with pytest.raises(ConfigError, match="evaluate: no benchmark would score it"):
         sweep(path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -114,8 +114,10 @@ class StudyConfig(Settings):
                 raise ValueError(f"factor {path!r} has no level")
         for path, label in self.control.items():
             self._require_levels("control", {path: (label,)})
-        if len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
-            raise ValueError(f"seeds: wanted different numbers from 0 up, given {list(self.seeds)}")
+        if len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0 or max(self.seeds) >= 2**32:
+            raise ValueError(f"seeds: wanted different numbers from 0 up to 2^32 - 1, given {list(self.seeds)}")
+        if "seed" in self.factors:
+            raise ValueError("factor 'seed': seeds are repetitions, no factor; give them as `seeds: [0, 1, 2]`")
         return self
 
     @model_validator(mode="after")
@@ -183,7 +185,11 @@ class Study:
         file = folder / Path(base).expanduser()
         if not file.is_file():
             raise self.document.fail([Problem(("base",), f"the run {str(file)!r} does not exist")])
-        return read_document(file)
+        document = read_document(file)
+        if is_study(document) or not isinstance(document.data, dict):
+            held = "a study" if is_study(document) else "no mapping of a run's fields"
+            raise self.document.fail([Problem(("base",), f"wanted the file of a run, {str(file)!r} holds {held}")])
+        return document
 
 
 def is_study(document: Document) -> bool:

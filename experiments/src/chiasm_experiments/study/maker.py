@@ -98,8 +98,9 @@ class Maker:
             return self.skipped(self._labels(chosen), (excluded,), "constraint")
         run = self.run(chosen)
         levels, plan = self._labels(chosen), self._plan(run)
-        if plan.problems:
-            return self.skipped(levels, tuple(plan.problems), "plan")
+        unscored = () if run.evaluate else ("evaluate: no benchmark would score it; name one, say `evaluate: [world]`",)
+        if problems := (*plan.problems, *unscored):
+            return self.skipped(levels, problems, "plan")
         if beyond := tuple(self._beyond(plan)):
             return self.skipped(levels, beyond, "constraint")
         return Cell(levels, run, plan, self.fidelity)
