@@ -124,6 +124,7 @@ def main() -> None:
     status, output, direct_s = shell(f"chiasm sweep {direct_study}", direct_env, ROOT)
     assert status == 0, output[-3000:]
     direct = scores(folder / "direct" / "demo")
+    shutil.rmtree(folder)
     same = submitted == direct and {*map(str, own.values())} <= {*map(str, direct.values())}
     complete = None not in submitted.values() and None not in own.values()
     if quick:
