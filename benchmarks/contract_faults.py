@@ -2,26 +2,30 @@
 
     python benchmarks/contract_faults.py
 
-Every component of tests/core/contract_faults, one fault each, and as correct ones those beside them and every installed
-encoder, fusion, adapter and language model.
+Every component of tests/core/contract_faults and of tests/experiments/record_faults.py, one fault each, and as correct
+ones those beside them and every installed component.
 """
 
 from __future__ import annotations
 
 import re
 import sys
+import tempfile
 import time
 from typing import Any
 
 from common import ROOT, write_result
 
 sys.path.insert(0, str(ROOT / "tests" / "core"))
+sys.path.insert(0, str(ROOT / "tests" / "experiments"))
 
+import record_faults
 from chiasm.registry import registry
 from chiasm.testing import checks_of, run_check, run_checks
-from contract_faults import CORRECT, FAULTS, Fault
+from contract_faults import CORRECT, FAULTS
+from fault_record import Fault
 
-KINDS = ("encoder", "fusion", "adapter", "llm")
+KINDS = ("encoder", "fusion", "adapter", "llm", "dataset", "benchmark")
 
 
 def catch(fault: Fault) -> dict[str, Any]:
@@ -35,9 +39,14 @@ def catch(fault: Fault) -> dict[str, Any]:
         "check": fault.check,
         "caught": not result.passed,
         "named": re.search(fault.message, result.message, re.DOTALL) is not None,
-        # the place in a file depends on where the repository lies
-        "message": re.sub(r"\(at .*?(\w+\.py:\d+)", r"(at \1", result.message),
+        "message": placeless(result.message),
     }
+
+
+def placeless(message: str) -> str:
+    """A message without the folders in it, which depend on where the repository and temporary files lie."""
+    message = re.sub(r"\(at .*?(\w+\.py:\d+)", r"(at \1", message)
+    return re.sub(re.escape(tempfile.gettempdir()) + r"/[^/']+/", "", message)
 
 
 def installed() -> list[tuple[str, str, type]]:
@@ -48,8 +57,8 @@ def installed() -> list[tuple[str, str, type]]:
 
 if __name__ == "__main__":
     start = time.perf_counter()
-    faults = [catch(fault) for fault in FAULTS]
-    correct = [(kind, cls.__name__, cls) for kind, cls in CORRECT] + installed()
+    faults = [catch(fault) for fault in FAULTS + record_faults.FAULTS]
+    correct = [(kind, cls.__name__, cls) for kind, cls in CORRECT + record_faults.CORRECT] + installed()
     rejected = {
         f"{kind} {name}: {result.name}": result.message
         for kind, name, cls in correct

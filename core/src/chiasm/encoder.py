@@ -55,7 +55,8 @@ class EncoderSpec:
     parameters: int
     """Parameters that `build` would hold."""
     flops: int
-    """Floating-point operations of one view's forward pass (a multiply-add counts two)."""
+    """Floating-point operations of one view's forward pass (a multiply-add counts two), of matrix products and
+    convolutions at least; 0 where it is not known."""
 
     @property
     def grid(self) -> Grid:
@@ -122,7 +123,10 @@ class Encoder(PartModule, ABC):
         """`[B, 3, H, W]` to features `[B, L, N, D]` as `spec` states them, prefix tokens removed."""
 
     def preprocess(self, images: Sequence[Image], resize: Resize = "native") -> Tensor:
-        """RGB images to normalised pixels `[B, 3, H, W]` float32, by this encoder's own size, mean and std."""
+        """Images to normalised pixels `[B, 3, H, W]` float32, by this encoder's own size, mean and std.
+
+        Images are of any mode, and what is transparent is laid over white (`chiasm.image.to_rgb`).
+        """
         return to_pixels(images, self.geometry.image, resize)
 
 

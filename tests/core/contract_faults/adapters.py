@@ -11,7 +11,7 @@ from chiasm.adapter import Adapter
 from chiasm.errors import CombinationError
 from chiasm.features import SequenceSpec, TokenSequence
 from chiasm.settings import Settings
-from contract_faults._record import Recorder
+from fault_record import Recorder
 
 fault = Recorder("adapter")
 

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from contract_faults._record import Recorder
 from contract_faults.encoders import WIDTH, Changed, GoodEncoder
+from fault_record import Recorder
 
 fault = Recorder("encoder")
 

@@ -11,8 +11,8 @@ from torch import nn
 
 from chiasm.encoder import EncoderConfig
 from chiasm.features import Features, FeatureSpec
-from contract_faults._record import Recorder
 from contract_faults.encoders import EDGE, GRID, PATCH, WIDTH, Block, GoodEncoder, NoPrefix, RandomConfig, Registers
+from fault_record import Recorder
 
 fault = Recorder("encoder")
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
+from PIL import Image, ImageOps
 
 from chiasm.image import ImageSpec, to_pixels
-from contract_faults._record import Recorder
 from contract_faults.encoders import EDGE, GoodEncoder
+from fault_record import Recorder
 
 fault = Recorder("encoder")
 
@@ -142,3 +143,51 @@ class PadsWithBlack(GoodEncoder):
         black = torch.tensor([-m / s for m, s in zip(self.mean, self.std, strict=True)]).view(1, 3, 1, 1)
         borders = (pixels_B3HW.abs() < 0.02).all(dim=1, keepdim=True) & (resize == "pad")
         return torch.where(borders, black, pixels_B3HW)
+
+
+@fault("preprocess", "other pixels the second time")
+class JittersColours(GoodEncoder):
+    """Augments whenever it is called."""
+
+    def preprocess(self, images, resize="native"):
+        pixels_B3HW = super().preprocess(images, resize)
+        return pixels_B3HW + 0.01 * torch.randn(len(images), 3, 1, 1, generator=self.generator)
+
+    def __init__(self, config) -> None:
+        super().__init__(config)
+        self.generator = torch.Generator()
+
+
+@fault("preprocess", "preprocess with resize='native' draws or seeds torch's generator")
+class DrawsBeforePixels(GoodEncoder):
+    """Throws dice whose result nothing depends on."""
+
+    def preprocess(self, images, resize="native"):
+        torch.rand(())
+        return super().preprocess(images, resize)
+
+
+@fault("resize_policy", "gives it mirrored; wanted it as it stands")
+class Mirrors(GoodEncoder):
+    """Left and right are exchanged."""
+
+    def preprocess(self, images, resize="native"):
+        return super().preprocess([ImageOps.mirror(image.convert("RGB")) for image in images], resize)
+
+
+@fault("resize_details", "resize='squash' seems to use the nearest pixel")
+class TakesTheNearestPixel(GoodEncoder):
+    """Squashes without a filter."""
+
+    def preprocess(self, images, resize="native"):
+        if resize == "squash":
+            images = [image.resize((EDGE, EDGE), Image.Resampling.NEAREST) for image in images]
+        return super().preprocess(images, resize)
+
+
+@fault("image_modes", r"transparent \(mode RGBA\) gives other pixels than of the same in RGB on white")
+class LaysOnBlack(GoodEncoder):
+    """What is transparent becomes what lies under it."""
+
+    def preprocess(self, images, resize="native"):
+        return super().preprocess([image.convert("RGB") for image in images], resize)

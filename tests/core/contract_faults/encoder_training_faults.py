@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from contract_faults._record import Recorder
 from contract_faults.encoders import WIDTH, BatchNorms, Block, Changed, GoodEncoder, RandomConfig
+from fault_record import Recorder
 
 fault = Recorder("encoder")
 

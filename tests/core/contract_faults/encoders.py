@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from chiasm.encoder import Encoder, EncoderConfig, EncoderSpec, select_layers
 from chiasm.features import Features, FeatureSpec
 from chiasm.image import ImageSpec
-from contract_faults._record import Recorder
+from fault_record import Recorder
 
 EDGE, PATCH, WIDTH = 16, 4, 12
 GRID = (EDGE // PATCH, EDGE // PATCH)
@@ -50,7 +50,12 @@ class GoodEncoder(Encoder):
         block = WIDTH * WIDTH + WIDTH + 2 * WIDTH
         parameters = PATCH * PATCH * 3 * WIDTH + WIDTH + cls.prefix * WIDTH + max(chosen) * block
         image = ImageSpec(height=EDGE, width=EDGE, mean=cls.mean, std=cls.std, native=cls.native)
-        return EncoderSpec(image, FeatureSpec(len(chosen), GRID, WIDTH), cls.depth, parameters, flops=1)
+        return EncoderSpec(image, FeatureSpec(len(chosen), GRID, WIDTH), cls.depth, parameters, cls.flops(max(chosen)))
+
+    @classmethod
+    def flops(cls, blocks):
+        patches = GRID[0] * GRID[1]
+        return 2 * patches * 3 * PATCH * PATCH * WIDTH + blocks * 2 * (patches + cls.prefix) * WIDTH * WIDTH
 
     def __init__(self, config) -> None:
         super().__init__(config)

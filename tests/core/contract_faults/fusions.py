@@ -12,7 +12,7 @@ from chiasm.errors import CombinationError
 from chiasm.features import FeatureSpec, SequenceSpec, TokenSequence
 from chiasm.fusion import Fusion
 from chiasm.settings import Settings
-from contract_faults._record import Recorder
+from fault_record import Recorder
 
 fault = Recorder("fusion")
 

@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from chiasm.llm import LanguageModel
-from contract_faults._record import Recorder
 from contract_faults.llms import EOS, START, E, GoodLM, PackingLM, TiedLM
+from fault_record import Recorder
 
 fault = Recorder("llm")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from contract_faults._record import Recorder
 from contract_faults.llms import EOS, GoodLM
+from fault_record import Recorder
 
 fault = Recorder("llm")
 

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from chiasm.llm import LanguageModel, LanguageModelConfig, LanguageModelSpec
-from contract_faults._record import Recorder
+from fault_record import Recorder
 
 EOS, START, END = 96, 97, 98
 VOCABULARY, E, CONTEXT = 99, 16, 64

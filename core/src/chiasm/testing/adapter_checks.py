@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from chiasm.adapter import Adapter
-from chiasm.features import FeatureSpec, SequenceSpec, TokenSequence
+from chiasm.features import FeatureSpec, Grid, SequenceSpec, TokenSequence
 from chiasm.settings import Settings
 from chiasm.testing.check import Check, describe
-from chiasm.testing.common import calling, check_config, make_tiny, require
+from chiasm.testing.common import about, calling, check_config, make_tiny, require
 from chiasm.testing.errors import ContractError
 from chiasm.testing.model_checks import model_check
 from chiasm.testing.module_checks import module_checks
@@ -27,6 +27,7 @@ from chiasm.testing.sequence_checks import (
     check_refused,
     check_sequence,
     check_strides,
+    input_gradients,
     move_tokens,
 )
 from chiasm.testing.spec_checks import MOST_PARAMETERS, accepted, cheap_spec, check_options, count_parameters
@@ -109,6 +110,9 @@ def any_geometry(cls: type[Adapter]) -> None:
         "one token": (SequenceSpec(1, own.width, (1, 1)), width),
         "an odd number of tokens": (SequenceSpec(15, own.width, (3, 5)), width),
         "a square grid": (SequenceSpec(16, own.width, (4, 4)), width),
+        "a wide grid": (SequenceSpec(32, own.width, (4, 8)), width),
+        "a tall grid": (SequenceSpec(48, own.width, (12, 4)), width),
+        "a wide grid of as many tokens as a square": (SequenceSpec(36, own.width, (2, 18)), width),
         "a wider sequence": (SequenceSpec(own.tokens, own.width * 2, own.grid), width),
         "an odd width": (SequenceSpec(own.tokens, 7, own.grid), width),
         "a wider language model": (own, width * 2),
@@ -129,6 +133,9 @@ def any_geometry(cls: type[Adapter]) -> None:
         with calling(f"spec accepts {name}, {sequence} to width {llm_width}; making the adapter"):
             made = cls(adapter.config, sequence, llm_width).eval()
         _forward(made, 2, f"spec accepts {name}, {sequence} to width {llm_width}; ")
+        if sequence.grid != own.grid:
+            with about(f"spec accepts {name}, {sequence}; "):
+                _check_places(made)
 
 
 def refuses_other_sequences(cls: type[Adapter]) -> None:
@@ -140,14 +147,50 @@ def refuses_other_sequences(cls: type[Adapter]) -> None:
         "twice the tokens": TokenSequence(torch.randn(2, own.tokens * 2, own.width), twice),
         "twice the width": TokenSequence(torch.randn(2, own.tokens, own.width * 2), own.grid),
     }
+    if _grid_matters(adapter):
+        wrong["as many tokens on another grid"] = TokenSequence(torch.randn(2, own.tokens, own.width), _turned(own))
     for name, sequence in wrong.items():
         check_refused(lambda given=sequence: adapter(given), name, "a sequence", "self.sequence")  # type: ignore[misc]
 
 
+def _turned(sequence: SequenceSpec) -> Grid | None:
+    """Another grid of as many tokens; None where there is none."""
+    if sequence.grid is None:
+        return None
+    rows, columns = sequence.grid
+    return (columns, rows) if rows != columns else (1, rows * columns) if rows > 1 else None
+
+
+def _grid_matters(adapter: Adapter) -> bool:
+    """Whether the same weights give the same tokens another output on another grid."""
+    own, grid = adapter.sequence, _turned(adapter.sequence)
+    if grid is None:
+        return False
+    other = SequenceSpec(own.tokens, own.width, grid)
+    try:
+        type(adapter).spec(adapter.config, other, adapter.llm_width)
+        made = type(adapter)(adapter.config, other, adapter.llm_width).eval()
+        made.load_state_dict(adapter.state_dict())
+    except Exception:  # refused, or of other weights: nothing to compare
+        return False
+    inputs = _probe.inputs(adapter, 2)
+    with torch.no_grad():
+        found, wanted = _probe(made, inputs), _probe(adapter, inputs)
+    return found.shape == wanted.shape and not torch.allclose(found, wanted, atol=1e-5)
+
+
 def input_gradient(cls: type[Adapter]) -> None:
     """A gradient reaches the sequence, so that what comes before can be trained."""
-    adapter = make_tiny(cls).eval()
-    check_input_gradient(lambda *inputs: _probe.run(adapter, inputs), _probe.inputs(adapter, 2), ["the sequence"])
+    adapter = make_tiny(cls)
+    inputs = _probe.inputs(adapter, 2)
+
+    def run(*given: Tensor) -> Tensor:
+        return _probe.run(adapter, given)
+
+    check_input_gradient(adapter.eval(), run, inputs, ["the sequence"])
+    with about("in training mode "):
+        (gradient,) = input_gradients(adapter.train(), run, inputs, ["the sequence"])
+        require(gradient is not None and bool(gradient.any()), "no gradient reaches the sequence")
 
 
 def memory_layout(cls: type[Adapter]) -> None:
@@ -158,7 +201,10 @@ def memory_layout(cls: type[Adapter]) -> None:
 
 def places(cls: type[Adapter]) -> None:
     """Where a grid comes in and a grid is stated, token n stands for its n-th cell, row by row."""
-    adapter = make_tiny(cls).eval()
+    _check_places(make_tiny(cls).eval())
+
+
+def _check_places(adapter: Adapter) -> None:
     given, grid = adapter.sequence.grid, adapter.out.grid
     if given is None or grid is None:
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,7 @@ Check = Callable[[Any], None]
 first line of its docstring says what is promised."""
 
 _CORE = Path(__file__).parents[1]
+_PYTHON = Path(json.__file__).parents[1]
 _LIBRARIES = {"torch", "transformers", "timm", "numpy", "pydantic", "PIL", "contextlib.py", "<string>"}
 """Parts of a path that no author's file has; a generated `__init__` is in `<string>`."""
 
@@ -85,14 +87,12 @@ def isolated() -> Iterator[None]:
     """
     import torch
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(0)  # torch.manual_seed would reseed accelerators too
-            yield
-    finally:
-        torch.set_num_threads(threads)
+    from chiasm.testing.process import settings_kept
+
+    with settings_kept(), torch.random.fork_rng(devices=[]):
+        torch.set_num_threads(1)
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would reseed accelerators too
+        yield
 
 
 def describe(error: BaseException) -> str:
@@ -102,9 +102,12 @@ def describe(error: BaseException) -> str:
 
 def place(frames: Sequence[traceback.FrameSummary]) -> str:
     """The innermost place in the author's own code, for messages; empty where there is none."""
-    own = [
-        frame
-        for frame in frames
-        if not Path(frame.filename).is_relative_to(_CORE) and not _LIBRARIES & set(Path(frame.filename).parts)
-    ]
+    own = [frame for frame in frames if _by_an_author(Path(frame.filename))]
     return f" (at {own[-1].filename}:{own[-1].lineno}, in {own[-1].name})" if own else ""
+
+
+def _by_an_author(file: Path) -> bool:
+    if file.is_relative_to(_CORE) or _LIBRARIES & set(file.parts):
+        return False
+    # plugins may be installed beneath Python's own modules
+    return not file.is_relative_to(_PYTHON) or bool({"site-packages", "dist-packages"} & set(file.parts))

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import os
-import random
-import tempfile
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from chiasm.testing.check import Check
 from chiasm.testing.common import make_tiny, require, some
 from chiasm.testing.probe import Probe
+from chiasm.testing.process import elsewhere, random_numbers_kept, random_states, seed_all, settings, settings_kept
 
 
 def effect_checks(probe: Probe) -> tuple[Check, ...]:
@@ -51,31 +44,34 @@ def effect_checks(probe: Probe) -> tuple[Check, ...]:
 
     def no_side_effects(cls: Any) -> None:
         """It prints nothing, writes no file, keeps its configuration, and leaves settings and random numbers alone."""
-        with _elsewhere() as (printed, folder), _settings_kept() as settings:
+        with elsewhere() as (printed, folder), settings_kept() as before_settings:
             module = make_tiny(cls)
             config = module.config.model_dump()
             probe(module.eval(), probe.inputs(module, 2))  # the first pass may import what draws numbers of its own
             inputs = probe.inputs(module, 2)
-            _seed(3)
-            before = _random_states()
-            probe(module, inputs)
-            after = _random_states()
-            changed = [name for name in before if before[name] != after[name]]
-            require(
-                not changed,
-                f"forward in eval mode draws or seeds {some(changed)}: an evaluation would change what training draws",
-            )
+            with random_numbers_kept("forward in eval mode"):
+                probe(module, inputs)
+            before = random_states()
             ends = []
+            for mode in (False, True):
+                before_modes = {name: part.training for name, part in module.train(mode).named_modules()}
+                probe(module, inputs)
+                moved = [n or "the module" for n, p in module.named_modules() if before_modes.get(n) is not p.training]
+                require(
+                    not moved,
+                    f"forward in {'training' if mode else 'eval'} mode puts {some(moved)} into "
+                    f"{'eval' if mode else 'training'} mode: leave train() and eval() to the caller",
+                )
             for seed in (1, 2):
-                _seed(seed)
+                seed_all(seed)
                 probe(module.train(), inputs)
-                ends.append(_random_states())
+                ends.append(random_states())
             seeded = [name for name in before if ends[0][name] == ends[1][name]]
             require(
                 not seeded, f"forward in training mode seeds {some(seeded)}: every step would draw the same numbers"
             )
             require(module.config.model_dump() == config, "forward changes the configuration that it was made from")
-            left = [name for name, value in _settings().items() if value != settings[name]]
+            left = [name for name, value in settings().items() if value != before_settings[name]]
             require(not left, f"making and running it changes {some(left)} for the whole process")
             written = sorted(path.name for path in folder.iterdir())
             require(not written, f"making and running it writes {some(written)} into the working directory")
@@ -85,63 +81,3 @@ def effect_checks(probe: Probe) -> tuple[Check, ...]:
             )
 
     return inputs_unchanged, fixed_tensors, no_side_effects
-
-
-def _random_states() -> dict[str, Any]:
-    numbers: Any = np.random.get_state()
-    return {
-        "torch's generator": torch.get_rng_state().numpy().tobytes(),
-        "Python's random": random.getstate(),
-        "NumPy's random": (numbers[1].tobytes(), numbers[2]),
-    }
-
-
-def _seed(seed: int) -> None:
-    torch.default_generator.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed)
-
-
-def _settings() -> dict[str, Any]:
-    return {
-        "torch's gradient mode": torch.is_grad_enabled(),
-        "torch's default dtype": torch.get_default_dtype(),
-        "torch's default device": torch.get_default_device(),
-        "torch's deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
-        "torch's matmul precision": torch.get_float32_matmul_precision(),
-        "torch's number of threads": torch.get_num_threads(),
-        "torch's autocast": torch.is_autocast_enabled("cpu"),
-        "the working directory": str(Path.cwd()),
-    }
-
-
-@contextlib.contextmanager
-def _settings_kept() -> Iterator[dict[str, Any]]:
-    """Puts back what a component may have changed, so that the checks after it run as before."""
-    before, states = _settings(), (random.getstate(), np.random.get_state())
-    try:
-        yield before
-    finally:
-        torch.set_grad_enabled(before["torch's gradient mode"])
-        torch.set_default_dtype(before["torch's default dtype"])
-        if torch.get_default_device() != before["torch's default device"]:
-            torch.set_default_device(before["torch's default device"])
-        torch.use_deterministic_algorithms(before["torch's deterministic algorithms"])
-        torch.set_float32_matmul_precision(before["torch's matmul precision"])
-        torch.set_num_threads(before["torch's number of threads"])
-        torch.set_autocast_enabled("cpu", before["torch's autocast"])
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-
-
-@contextlib.contextmanager
-def _elsewhere() -> Iterator[tuple[io.StringIO, Path]]:
-    """An empty working directory, and what is printed."""
-    home, printed = Path.cwd(), io.StringIO()
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
-        try:
-            with contextlib.redirect_stdout(printed):
-                yield printed, Path(folder)
-        finally:
-            os.chdir(home)

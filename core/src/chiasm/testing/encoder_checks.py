@@ -11,11 +11,13 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from chiasm.encoder import Encoder, EncoderConfig, EncoderSpec, Layers
 from chiasm.features import Features, Grid
 from chiasm.testing.check import Check, describe
-from chiasm.testing.common import calling, check_config, check_missing_checkpoint, make_tiny, require
+from chiasm.testing.common import about, calling, check_config, check_missing_checkpoint, make_tiny, require
 from chiasm.testing.errors import ContractError
 from chiasm.testing.model_checks import model_check
 from chiasm.testing.module_checks import module_checks
@@ -26,6 +28,12 @@ from chiasm.testing.probe import Inputs, Probe, check_close
 from chiasm.testing.spec_checks import MOST_PARAMETERS, accepted, cheap_spec, check_options
 from chiasm.testing.stand_ins import FlatConfig, StandInAdapter, StandInFusion, StandInLanguageModel
 from chiasm.vlm import VLM
+
+FLOPS_APART = 0.6, 1.7
+"""Shares of the counted operations that `spec` may state: formulas leave out small terms, or round them up."""
+
+OTHER_FLOPS = 5
+"""Operations of each pixel and each number of the features that the count leaves out."""
 
 MOST_PIXELS, MOST_TOKENS = 300_000, 2048
 """Of a variant that is run: an option may ask for images of full size."""
@@ -69,7 +77,8 @@ def spec(cls: type[Encoder]) -> None:
     sizes |= {"rows of the grid": stated.grid[0], "columns of the grid": stated.grid[1]}
     for name, value in sizes.items():
         require(value >= 1, f"spec states {name} = {value}, wanted at least 1")
-    require(stated.flops >= 0, f"spec states flops = {stated.flops}")
+    for name, number in (sizes | {"parameters": stated.parameters, "flops": stated.flops}).items():
+        require(isinstance(number, int) and number >= 0, f"spec states {name} = {number!r}, wanted a whole number")
     built = _build(encoder, encoder.config, 1)
     require(
         isinstance(built, cls) and built.config == encoder.config and built.geometry == stated,
@@ -81,6 +90,15 @@ def spec(cls: type[Encoder]) -> None:
 def parameters(cls: type[Encoder]) -> None:
     """`spec` states how many parameters an instance holds."""
     _check_parameters(make_tiny(cls), "tiny()")
+
+
+def flops(cls: type[Encoder]) -> None:
+    """`spec` states about the operations that the matrix products and convolutions of one view take."""
+    encoder = make_tiny(cls).eval()
+    _check_flops(encoder, "")
+    first = _select(encoder, 1)  # what the layers behind it take is not spent
+    if first is not None:
+        _check_flops(first, "with layers: 1 ")
 
 
 def features(cls: type[Encoder]) -> None:
@@ -102,10 +120,15 @@ def options(cls: type[Encoder]) -> None:
         torch.default_generator.manual_seed(1)
         made = cls.build(config).eval()
         require(made.geometry == stated, f"{when}spec states {stated}, the instance has {made.geometry}")
+        require(made.config == config, f"{when}the instance has another configuration, {made.config!r}")
         _check_parameters(made, f"{when}an instance")
         _check_features(made, 2, when)
+        if stated.grid != tiny.geometry.grid:  # where a square grid shows nothing, one that is not may
+            with about(when):
+                _check_places(made)
 
-    check_options(make_tiny(cls), attempt)
+    tiny = make_tiny(cls)
+    check_options(tiny, attempt)
 
 
 def sees_the_image(cls: type[Encoder]) -> None:
@@ -122,7 +145,10 @@ def sees_the_image(cls: type[Encoder]) -> None:
 
 def places(cls: type[Encoder]) -> None:
     """Token n stands for the n-th cell of the grid, row by row."""
-    encoder = make_tiny(cls).eval()
+    _check_places(make_tiny(cls).eval())
+
+
+def _check_places(encoder: Encoder) -> None:
     image = encoder.geometry.image
 
     def moved(grid: Grid, cells: list[Cell]) -> Tensor:
@@ -181,10 +207,14 @@ def layers(cls: type[Encoder]) -> None:
         _check_features(one, 2, f"with layers: {choice} ")
         if not _share_weights(one, every):
             continue
+        found_BLND = _features(one, pixels).tokens
+        given = [_nearest(found_BLND[:, i], all_BLND) for i in range(found_BLND.shape[1])]
+        wanted = [block % depth + 1 for block in blocks]
         check_close(
-            _features(one, pixels).tokens,
+            found_BLND,
             all_BLND[:, blocks],
-            f"layers: {choice} does not give what `all` gives at blocks {[b % depth + 1 for b in blocks]}",
+            f"layers: {choice} does not give what `all` gives at blocks {wanted}, in that order; "
+            + ("it is nearest to that" if given == wanted else f"it looks like blocks {given}"),
         )
 
 
@@ -197,6 +227,26 @@ def _check_parameters(encoder: Encoder, what: str) -> None:
     found = sum(parameter.numel() for parameter in encoder.parameters())
     stated = encoder.geometry.parameters
     require(found == stated, f"{what} holds {found} parameters, its spec states parameters = {stated}")
+
+
+def _check_flops(encoder: Encoder, when: str) -> None:
+    stated, image, feature = encoder.geometry.flops, encoder.geometry.image, encoder.geometry.features
+    if stated <= 1:  # stands for "not known"
+        return
+    pixels = torch.zeros(1, 3, image.height, image.width)
+    # by matrices, as the counter knows no attention of the CPU
+    with torch.no_grad(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        _features(encoder, pixels)
+    counted = counter.get_total_flops()
+    where = "count 2 for each multiply-add, of one view, up to the last selected layer"
+    hint = "; a multiply-add counts two" if 0.47 <= stated / max(1, counted) <= 0.53 else ""
+    # what is no matrix product is not counted here: it may be stated, and is little
+    most = FLOPS_APART[1] * counted + OTHER_FLOPS * (pixels.numel() + feature.tokens * feature.width)
+    require(
+        FLOPS_APART[0] * counted <= stated <= most,
+        f"{when}spec states flops = {stated:,}, the matrix products and convolutions of forward take {counted:,}"
+        f"{hint}: {where}",
+    )
 
 
 def _check_features(encoder: Encoder, batch: int, when: str) -> None:
@@ -241,6 +291,11 @@ def _select(encoder: Encoder, chosen: Layers) -> Encoder | None:
     return _build(encoder, config, 1).eval()
 
 
+def _nearest(found_BND: Tensor, all_BLND: Tensor) -> int:
+    """The block, from 1 on, whose features are nearest."""
+    return int((all_BLND - found_BND.unsqueeze(1)).flatten(2).norm(dim=2).mean(dim=0).argmin()) + 1
+
+
 def _share_weights(encoder: Encoder, source: Encoder) -> bool:
     """Gives an encoder the weights of one with more layers; False where their names do not match."""
     weights = source.state_dict()
@@ -273,6 +328,7 @@ CHECKS: tuple[Check, ...] = (
     config,
     spec,
     parameters,
+    flops,
     options,
     *PREPROCESS_CHECKS,
     features,

@@ -29,6 +29,7 @@ from chiasm.testing.sequence_checks import (
     check_refused,
     check_sequence,
     check_strides,
+    input_gradients,
     move_tokens,
 )
 from chiasm.testing.spec_checks import MOST_PARAMETERS, accepted, cheap_spec, check_options, count_parameters
@@ -116,6 +117,8 @@ def any_geometry(cls: type[Fusion]) -> None:
         "another grid of as many tokens": (own[0], turned),
         "one wider encoder": (wider,),
         "one encoder with more layers": (deeper,),
+        "grids of as many tokens, one wide and one tall": (replace(own[0], grid=(3, 4)), replace(own[0], grid=(4, 3))),
+        "a wide and a tall grid": (replace(own[0], grid=(3, 5)), replace(own[0], grid=(6, 4))),
     }
     for name, features in variants.items():
         try:
@@ -129,6 +132,8 @@ def any_geometry(cls: type[Fusion]) -> None:
             made = cls(fusion.config, features, fusion.llm_width).eval()
         _forward(made, 2, f"spec accepts {name}, {features}; ")
         _check_layers(made, f"spec accepts {name}; ")
+        with about(f"spec accepts {name}, {features}; "):
+            _check_places(cls(fusion.config, features, fusion.llm_width).eval())
 
 
 def refuses_other_features(cls: type[Fusion]) -> None:
@@ -161,9 +166,18 @@ def refuses_other_features(cls: type[Fusion]) -> None:
 
 def uses_every_encoder(cls: type[Fusion]) -> None:
     """Each encoder's features matter, and a gradient reaches them, so that encoders can be trained."""
-    fusion = make_tiny(cls).eval()
-    names = [f"encoder {k}" for k in range(len(fusion.features))]
-    check_input_gradient(lambda *inputs: _probe.run(fusion, inputs), _probe.inputs(fusion, 2), names)
+    fusion = make_tiny(cls)
+    inputs = _probe.inputs(fusion, 2)
+    names = [f"encoder {k}" for k in range(len(inputs))]
+
+    def run(*given: Tensor) -> Tensor:
+        return _probe.run(fusion, given)
+
+    check_input_gradient(fusion.eval(), run, inputs, names)
+    with about("in training mode "):
+        gradients = input_gradients(fusion.train(), run, inputs, names)
+        for name, gradient in zip(names, gradients, strict=True):
+            require(gradient is not None and bool(gradient.any()), f"no gradient reaches {name}")
 
 
 def memory_layout(cls: type[Fusion]) -> None:
@@ -187,7 +201,10 @@ def features_kept(cls: type[Fusion]) -> None:
 
 def places(cls: type[Fusion]) -> None:
     """Where a grid is stated, token n stands for its n-th cell, row by row."""
-    fusion = make_tiny(cls).eval()
+    _check_places(make_tiny(cls).eval())
+
+
+def _check_places(fusion: Fusion) -> None:
     grid = fusion.out.grid
     if grid is None:
         return
@@ -200,16 +217,16 @@ def places(cls: type[Fusion]) -> None:
 
 def _check_layers(fusion: Fusion, after: str) -> None:
     """Every layer of every encoder's features matters."""
-    leaves = [item.requires_grad_() for item in _probe.inputs(fusion, 2)]
-    output = _probe(fusion, tuple(leaves))
-    if not output.requires_grad:
-        return  # `uses_every_encoder` tells
-    gradients = torch.autograd.grad((output.float() * torch.randn(output.shape)).sum(), leaves, allow_unused=True)
+    inputs = _probe.inputs(fusion, 2)
+    with about(after):
+        gradients = input_gradients(
+            fusion, lambda *given: _probe.run(fusion, given), inputs, [f"encoder {k}" for k in range(len(inputs))]
+        )
     for k, gradient in enumerate(gradients):
-        unused = [i for i in range(leaves[k].shape[1]) if gradient is None or not gradient[:, i].any()]
+        unused = [i for i in range(inputs[k].shape[1]) if gradient is None or not gradient[:, i].any()]
         require(
             not unused,
-            f"{after}no gradient reaches layer {unused[0] if unused else ''} of the {leaves[k].shape[1]} that encoder "
+            f"{after}no gradient reaches layer {unused[0] if unused else ''} of the {inputs[k].shape[1]} that encoder "
             f"{k} gives: use every layer that a run selects, or refuse more than one in spec",
         )
 

@@ -14,6 +14,7 @@ from chiasm.testing.check import Check
 from chiasm.testing.common import calling, make_tiny, require
 from chiasm.testing.errors import ContractError
 from chiasm.testing.probe import check_close
+from chiasm.testing.process import random_numbers_kept
 
 NEW = 6
 """Tokens that are asked for."""
@@ -66,6 +67,9 @@ def generation_leaves_no_trace(cls: type[LanguageModel]) -> None:
     with torch.no_grad(), calling("forward"):
         before = llm(prompts[0].unsqueeze(0))
     first = _generate(llm, prompts[:1])
+    longest = prompts[0].unsqueeze(0)
+    with random_numbers_kept("generate"), torch.no_grad():
+        llm.generate(longest, torch.ones(longest.shape[:2], dtype=torch.bool), max_new_tokens=NEW)
     _generate(llm, prompts[1:])
     again = _generate(llm, prompts[:1])
     require(

@@ -10,14 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from chiasm.config import TokensConfig
-from chiasm.errors import ChiasmError
-from chiasm.llm import LanguageModel, LanguageModelConfig, LanguageModelSpec, Message
-from chiasm.prompt import IGNORE, PromptBuilder
-from chiasm.sample import Sample, Turn
+from chiasm.llm import LanguageModel, LanguageModelConfig, LanguageModelSpec
 from chiasm.testing.check import Check
 from chiasm.testing.common import calling, check_config, check_missing_checkpoint, make_tiny, require, some
-from chiasm.testing.errors import ContractError
+from chiasm.testing.execution_checks import EXECUTION_CHECKS
 from chiasm.testing.generation_checks import GENERATION_CHECKS
 from chiasm.testing.model_checks import model_check
 from chiasm.testing.module_checks import module_checks
@@ -27,6 +23,7 @@ from chiasm.testing.probe import Inputs, Probe, check_close
 from chiasm.testing.sequence_checks import check_input_gradient
 from chiasm.testing.spec_checks import MOST_PARAMETERS, accepted, cheap_spec, check_options
 from chiasm.testing.stand_ins import FlatConfig, StandInAdapter, StandInEncoder, StandInFusion
+from chiasm.testing.text_checks import TEXT_CHECKS
 from chiasm.vlm import VLM
 
 LENGTH = 7
@@ -37,8 +34,6 @@ TOLERANCE = 1e-4
 
 MOST_POSITIONS = 2048
 """Of a context that is tried in full."""
-
-TEXTS = ("Yes", "a red square", "What colour is it?", "There are 12 of them, or 7.", "(B)")
 
 
 class _LanguageModelProbe(Probe):
@@ -139,6 +134,13 @@ def shapes(cls: type[LanguageModel]) -> None:
     """`embed`, `forward` and `logits` give the width and vocabulary that `spec` states, at any positions."""
     llm = make_tiny(cls).eval()
     width, vocabulary = llm.geometry.width, llm.geometry.vocabulary
+    rows = torch.tensor([[0, 1, vocabulary - 1], [vocabulary // 2, 1, 2]])
+    check_close(
+        llm.embed(rows),
+        torch.stack([torch.stack([llm.embed(i) for i in row]) for row in rows]),
+        "embed of an id depends on its place or on the ids beside it; wanted a row of a table for each (positions "
+        "belong into forward)",
+    )
     for shape in ((5,), (2, 3), (1, 1), (2, 0)):
         with calling(f"embed of ids of shape {shape}"):
             embeds = llm.embed(torch.zeros(shape, dtype=torch.int64))
@@ -148,6 +150,8 @@ def shapes(cls: type[LanguageModel]) -> None:
     for batch in (1, 2, 3):
         hidden_BTE = _hidden(llm, _embeds(llm, batch))
         _same(tuple(hidden_BTE.shape), (batch, LENGTH, width), "forward", "(B, T, E)")
+    one = _hidden(llm, _embeds(llm, 1)[:, :1])
+    _same(tuple(one.shape), (1, 1, width), "forward of one position", "(B, T, E)")
     for hidden in (hidden_BTE, hidden_BTE[:, -1], hidden_BTE[hidden_BTE[..., 0] > 1e9]):
         with calling(f"logits of hidden states of shape {tuple(hidden.shape)}"):
             logits = llm.logits(hidden)
@@ -155,80 +159,6 @@ def shapes(cls: type[LanguageModel]) -> None:
         require(bool(logits.isfinite().all()), "logits returned NaN or infinity")
     check_close(
         llm.logits(hidden_BTE[:, -1]), llm.logits(hidden_BTE)[:, -1], "logits at one position depend on the others"
-    )
-
-
-def text(cls: type[LanguageModel]) -> None:
-    """Text survives `tokenize` and `detokenize`; special ids are none of its tokens, and are left out of it."""
-    llm = make_tiny(cls)
-    vocabulary, special = llm.geometry.vocabulary, llm.special_ids
-    require(llm.eos_id in special, f"special_ids {sorted(special)} lack eos_id {llm.eos_id}")
-    require(llm.bos_id is None or llm.bos_id in special, f"special_ids {sorted(special)} lack bos_id {llm.bos_id}")
-    for written in TEXTS:
-        with calling(f"tokenize({written!r})"):
-            ids = llm.tokenize(written)
-        wrong = [i for i in ids if not (isinstance(i, int) and 0 <= i < vocabulary)]
-        require(not wrong, f"tokenize({written!r}) gives {wrong[:3]}, wanted ints below the vocabulary, {vocabulary}")
-        extra = [i for i in ids if i in special]
-        require(not extra, f"tokenize({written!r}) adds the special ids {extra}; wanted the text alone, no BOS or EOS")
-        with calling(f"detokenize({ids})"):
-            back, ended = llm.detokenize(ids), llm.detokenize([*ids, llm.eos_id])
-        require(back.strip() == written, f"{written!r} is {back!r} after tokenize and detokenize")
-        require(ended.strip() == written, f"detokenize writes EOS into {ended!r}; wanted special tokens left out")
-    _check_added(llm)
-    outside = [i for i in special if not 0 <= i < vocabulary]
-    require(not outside, f"the special ids {outside} are not in the vocabulary of {vocabulary}")
-
-
-def _check_added(llm: LanguageModel) -> None:
-    """No id that stands for nothing is put before or behind every text."""
-    rows = [llm.tokenize(written) for written in TEXTS]
-    for name, end in (("before", 0), ("behind", -1)):
-        ids = {row[end] for row in rows if row}
-        rest = [row[1:] if end == 0 else row[:-1] for row in rows]
-        if len(ids) == 1 and all(llm.detokenize(row).strip() == text for row, text in zip(rest, TEXTS, strict=True)):
-            raise ContractError(
-                f"tokenize adds the id {ids.pop()} {name} every text, which stands for none of it; wanted the text "
-                "alone: the prompt's builder adds BOS and EOS"
-            )
-
-
-def chat(cls: type[LanguageModel]) -> None:
-    """`render_chat` writes each message once and asks as it trains, or raises ValueError where there is no template."""
-    llm = make_tiny(cls)
-    messages = [
-        Message(role="user", content="first question"),
-        Message(role="assistant", content="first answer"),
-        Message(role="user", content="second question"),
-    ]
-    if not llm.geometry.chat_template:
-        try:
-            llm.render_chat(messages, generate=True)
-        except ValueError:
-            return
-        raise ContractError("spec states chat_template=False and render_chat works; wanted it to raise ValueError")
-    with calling("render_chat"):
-        rendered = llm.render_chat(messages, generate=True)
-    places = [rendered.find(message["content"]) for message in messages]
-    require(
-        -1 not in places and places == sorted(places),
-        f"render_chat does not write all contents in order: {rendered!r}",
-    )
-    builder = PromptBuilder(llm, TokensConfig(turns="template"), visual_tokens=1, system="")
-    try:
-        asked = builder.ask(Sample("asked", (Turn("a", "b"), Turn("c"))), reserve=1)
-        trained = builder.train(Sample("trained", (Turn("a", "b"), Turn("c", "d"))))
-    except ChiasmError as error:
-        raise ContractError(f"the chat template cannot be trained on: {error}") from error
-    length = len(asked)
-    require(
-        trained.ids[:length] == asked.ids,
-        f"the template leads to an answer with {llm.render_chat(messages, generate=True)!r} when it is asked for, and "
-        f"otherwise in training: ids {asked.ids[-8:]} and {trained.ids[:length][-8:]}",
-    )
-    require(
-        trained.labels[length] == trained.ids[length] != IGNORE,
-        "the token behind the template's generation prompt is not the first of the answer",
     )
 
 
@@ -265,6 +195,33 @@ def padding(cls: type[LanguageModel]) -> None:
                 TOLERANCE,
             )
 
+    _check_ragged(llm, embeds_BTE, wanted)
+
+
+def _check_ragged(llm: LanguageModel, embeds_BTE: Tensor, wanted: Tensor) -> None:
+    """Each row has a mask of its own."""
+    for side in ("left", "right"):
+        mask_BT = torch.ones(2, LENGTH, dtype=torch.bool)
+        absent, present = (slice(0, 3), slice(3, None)) if side == "left" else (slice(-3, None), slice(0, -3))
+        mask_BT[1, absent] = False
+        found = _hidden(llm, embeds_BTE, mask_BT)
+        rows = (
+            (found[0], wanted[0], "without padding"),
+            (
+                found[1, present],
+                _hidden(llm, embeds_BTE[1:, present])[0],
+                f"padded on the {side}",
+            ),
+        )
+        for row, alone, what in rows:
+            check_close(
+                row,
+                alone,
+                f"the row {what} of a batch in which one row alone is padded on the {side} has other hidden states "
+                "than by itself: each row has a mask and positions of its own",
+                TOLERANCE,
+            )
+
 
 def padding_gradient(cls: type[LanguageModel]) -> None:
     """Padding gives finite hidden states and gradients, so that no NaN of an empty row spoils a batch."""
@@ -275,12 +232,13 @@ def padding_gradient(cls: type[LanguageModel]) -> None:
         mask_BT[1, slice(0, 3) if side == "left" else slice(-3, None)] = False
         with calling(f"forward of a sequence padded on the {side}"):
             hidden_BTE = llm(embeds_BTE.where(mask_BT.unsqueeze(-1), 0), mask_BT)
+            finite = bool(hidden_BTE.isfinite().all())
             loss = llm.logits(hidden_BTE[mask_BT]).float().logsumexp(-1).mean()
         if not loss.requires_grad:
             return  # `input_gradient` tells
         (gradient,) = torch.autograd.grad(loss, [embeds_BTE])
         require(
-            bool(loss.isfinite()) and bool(gradient.isfinite().all()),
+            finite and bool(loss.isfinite()) and bool(gradient.isfinite().all()),
             f"a sequence padded on the {side} gives NaN or infinity: a position that sees no other needs a mask that "
             "leaves it something",
         )
@@ -311,7 +269,7 @@ def causal(cls: type[LanguageModel]) -> None:
 def input_gradient(cls: type[LanguageModel]) -> None:
     """Frozen, it passes a gradient to its embeddings, so that an adapter before it can be trained."""
     llm = make_tiny(cls).eval().requires_grad_(False)
-    check_input_gradient(lambda embeds: llm.logits(llm(embeds)), [_embeds(llm, 2)], ["the embeddings"])
+    check_input_gradient(llm, lambda embeds: llm.logits(llm(embeds)), [_embeds(llm, 2)], ["the embeddings"])
 
 
 def missing_checkpoint(cls: type[LanguageModel]) -> None:
@@ -366,13 +324,13 @@ CHECKS: tuple[Check, ...] = (
     options,
     shapes,
     context,
-    text,
-    chat,
+    *TEXT_CHECKS,
     padding,
     padding_gradient,
     causal,
     input_gradient,
     *GENERATION_CHECKS,
+    *EXECUTION_CHECKS,
     *PACKING_CHECKS,
     missing_checkpoint,
     *module_checks(_probe),

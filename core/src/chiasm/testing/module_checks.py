@@ -5,14 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.parameter import is_lazy
 
 from chiasm.testing.check import Check
 from chiasm.testing.common import check_quick, make_tiny, require, some
 from chiasm.testing.effect_checks import effect_checks
+from chiasm.testing.memory_checks import memory_checks
 from chiasm.testing.moving_checks import moving_checks
 from chiasm.testing.probe import Probe, check_close
 from chiasm.testing.training_checks import training_checks
+
+MOST_NUMBERS = 20_000_000
+"""That `tiny()` may hold in its parameters and buffers."""
 
 
 def module_checks(probe: Probe) -> tuple[Check, ...]:
@@ -22,6 +27,12 @@ def module_checks(probe: Probe) -> tuple[Check, ...]:
         """`tiny()` gives a small instance at once, in float32 on the CPU, with finite values."""
         check_quick(cls)
         module = make_tiny(cls)
+        held = sum(t.numel() for t in [*module.parameters(), *module.buffers()] if not is_lazy(t))
+        require(
+            held <= MOST_NUMBERS,
+            f"tiny() holds {held:,} numbers, wanted a small instance of {MOST_NUMBERS:,} at most: it is made dozens of "
+            "times in a test",
+        )
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
             require(not is_lazy(tensor), f"{name} of tiny() has no shape before the first pass: state its size")
             require(tensor.device.type == "cpu", f"{name} of tiny() is on {tensor.device}, wanted the CPU")
@@ -47,13 +58,22 @@ def module_checks(probe: Probe) -> tuple[Check, ...]:
             f"two builds from different seeds hold the same {some(drawn)}: all seeds of a study would be one; "
             "do not seed within build",
         )
-        states = []
-        for seed in (1, 2):
-            probe.rebuild(module, seed)
-            states.append(torch.get_rng_state())
+        memory = {p.data_ptr() for p in before.values() if p.numel()}
+        shared = [n for n, p in other.named_parameters() if p.numel() and p.data_ptr() in memory]
         require(
-            not torch.equal(*states), "building seeds torch's global generator; leave that to the caller (fork_rng)"
+            not shared or other is first,
+            f"two instances share the memory of {some(shared)}: training one would change the other; make parameters "
+            "in __init__, not in the class or the module",
         )
+        for what, make in (("building", lambda seed: probe.rebuild(module, seed)), ("tiny()", lambda _: cls.tiny())):
+            states = []
+            for seed in (1, 2):
+                torch.default_generator.manual_seed(seed)
+                make(seed)
+                states.append(torch.get_rng_state())
+            require(
+                not torch.equal(*states), f"{what} seeds torch's global generator; leave that to the caller (fork_rng)"
+            )
 
     def deterministic(cls: Any) -> None:
         """In eval mode the same input gives the same output, whatever was run between."""
@@ -78,6 +98,7 @@ def module_checks(probe: Probe) -> tuple[Check, ...]:
             kept,
             "the same input in eval mode gives another output after other inputs: forward keeps something of them",
         )
+        _check_fresh(probe, module)
 
     def batch_independence(cls: Any) -> None:
         """An item's output does not depend on the others in its batch, nor on their number and order."""
@@ -122,4 +143,25 @@ def module_checks(probe: Probe) -> tuple[Check, ...]:
         *training_checks(probe),
         *moving_checks(probe),
         *effect_checks(probe),
+        *memory_checks(probe),
+    )
+
+
+@torch.no_grad()
+def _check_fresh(probe: Probe, module: nn.Module) -> None:
+    """An instance that has run gives what one gives that has not, whatever memory its input lies in."""
+    used, fresh = (probe.rebuild(module, 1).eval() for _ in range(2))
+    own = used.state_dict()
+    if any(name not in own or not torch.equal(own[name], value) for name, value in fresh.state_dict().items()):
+        return  # `seeded` tells
+    inputs, others = probe.inputs(module, 2), probe.inputs(module, 2)
+    place = tuple(item.clone() for item in others)
+    probe(used, place)
+    for item, value in zip(place, inputs, strict=True):
+        item.copy_(value)
+    wanted = probe(fresh, inputs)
+    keeps = "forward keeps something of them (a cache by shape, by address or by size?)"
+    check_close(probe(used, place), wanted, f"an input in the memory of an earlier one gives another output: {keeps}")
+    check_close(
+        probe(used, inputs), wanted, f"after other inputs an instance gives another output than a new one: {keeps}"
     )

@@ -91,7 +91,31 @@ def moving_checks(probe: Probe) -> tuple[Check, ...]:
             f"moved to another device with its input, forward returned a tensor on {output.device}: name no device",
         )
 
-    return state, bfloat16, device
+    def precision(cls: Any) -> None:
+        """In float32 every step is computed in float32, and nothing is rounded to half of it on the way."""
+        module = make_tiny(cls).eval()
+        inputs = probe.inputs(module, 2)
+        if any(item.is_floating_point() and item.dtype != torch.float32 for item in module.parameters()):
+            return  # `tiny` tells
+        with torch.no_grad(), _Halves():  # type: ignore[no-untyped-call]
+            probe(module, inputs)
+
+    return state, bfloat16, device, precision
+
+
+class _Halves(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Refuses to make numbers of 16 bits and fewer."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for item in tree_leaves(made):
+            if isinstance(item, Tensor) and item.is_floating_point() and item.dtype.itemsize < 4:
+                raise ContractError(
+                    f"in float32, forward computes {func.name().removeprefix('aten::')} in {item.dtype}"
+                    f"{place(traceback.extract_stack())}: three digits of the result are left; compute in the dtype of "
+                    "the weights"
+                )
+        return made
 
 
 class _Devices(TorchDispatchMode):  # type: ignore[no-untyped-call]

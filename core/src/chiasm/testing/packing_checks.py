@@ -13,6 +13,7 @@ from chiasm.llm import LanguageModel
 from chiasm.testing.check import Check
 from chiasm.testing.common import calling, make_tiny, require
 from chiasm.testing.probe import check_close
+from chiasm.testing.sequence_checks import input_gradients
 
 LENGTHS = (3, 1, 6)
 """Of the documents that are tried."""
@@ -52,6 +53,16 @@ def packing(cls: type[LanguageModel]) -> None:
     require(
         torch.equal(after[:, others], together[:, others]),
         "forward_packed lets a changed document change another's hidden states",
+    )
+    (gradient,) = input_gradients(
+        llm.requires_grad_(False),
+        lambda row: llm.forward_packed(row, Documents.of(LENGTHS)),
+        [row_1TE],
+        ["the embeddings of a packed row"],
+    )
+    require(
+        gradient is not None and bool(gradient.any(dim=-1).all()),
+        "no gradient reaches some embeddings of a packed row, so what is before the model would not learn from them",
     )
 
 

@@ -28,6 +28,9 @@ nothing; a wrong order stands out by far."""
 STILL = 0.05
 """Movement, as a share of the largest, up to which a token counts as unmoved."""
 
+LOCAL, LOST = 3.0, 0.15
+"""How much more its own token moves than others where tokens are local; the share of it below which one is lost."""
+
 MOST_PREFIX = 8
 """Prefix tokens that are thought of: CLS, and up to seven registers or the like."""
 
@@ -67,6 +70,23 @@ def check_places(moved: Moved, grid: Grid, tokens: int) -> None:
         f"the token there {sure[likeliest]:.1f} times as much as others, and its own {own:.1f} times",
     )
     _check_reached(moved_PN, cells, grid)
+    _check_each(moved_PN, cells, grid)
+
+
+def _check_each(moved_PN: Tensor, cells: list[Cell], grid: Grid) -> None:
+    """Where nearly every token stands for its own cell, none of them may stand for nothing."""
+    relative_PN = moved_PN / moved_PN.mean(dim=1, keepdim=True).clamp(min=1e-12)
+    own_P = torch.stack([relative_PN[p, i * grid[1] + j] for p, (i, j) in enumerate(cells)])
+    typical = float(own_P.median())
+    if typical < LOCAL:
+        return
+    worst = int(own_P.argmin())
+    require(
+        float(own_P[worst]) > LOST * typical,
+        f"the token of the cell {cells[worst]} of the grid {grid} does not stand for it: a change there moves it "
+        f"{float(own_P[worst]):.1f} times as much as others, and other tokens theirs {typical:.1f} times; is a patch "
+        "lost, or replaced?",
+    )
 
 
 def _check_reached(moved_PN: Tensor, cells: list[Cell], grid: Grid) -> None:
@@ -115,5 +135,6 @@ def _other_grids(grid: Grid, tokens: int) -> list[tuple[str, Grid, list[int], li
 
 
 def _some(grid: Grid) -> list[Cell]:
-    cells = [(i, j) for i in range(grid[0]) for j in range(grid[1])]
-    return random.Random(0).sample(cells, min(CELLS, len(cells)))
+    corners = {(i, j) for i in (0, grid[0] - 1) for j in (0, grid[1] - 1)}  # what is lost is lost at an end
+    others = [(i, j) for i in range(grid[0]) for j in range(grid[1]) if (i, j) not in corners]
+    return sorted(corners) + random.Random(0).sample(others, min(CELLS - len(corners), len(others)))

@@ -11,12 +11,14 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from chiasm.encoder import Encoder
-from chiasm.image import ImageSpec, Resize, to_pixels
+from chiasm.image import ImageSpec, Resize, to_pixels, to_rgb
 from chiasm.testing.check import Check
 from chiasm.testing.common import calling, make_tiny, require
 from chiasm.testing.probe import check_close
+from chiasm.testing.process import random_numbers_kept
 
 SIZES = ((1, 1), (7, 5), (64, 64), (97, 61), (200, 5), (5, 200))
 """Width and height of the images that are preprocessed: one pixel, odd ones, and strips."""
@@ -42,6 +44,11 @@ def preprocess(cls: type[Encoder]) -> None:
         pixels = _pixels(encoder, images, policy, f" of images of {SIZES} pixels")
         require(images == _noise(), f"preprocess with resize={policy!r} changed the images that it was given")
         _check_pixels(pixels, wanted, policy)
+        with random_numbers_kept(f"preprocess with resize={policy!r}"):
+            again = encoder.preprocess(images, policy)
+        check_close(
+            again, pixels, f"preprocess with resize={policy!r} of the same images gives other pixels the second time"
+        )
         last = encoder.preprocess(images[-1:], policy)
         check_close(pixels[-1:], last, f"preprocess with resize={policy!r} gives an image other pixels among others")
 
@@ -78,6 +85,11 @@ def resize_policy(cls: type[Encoder]) -> None:
         for policy in POLICIES:
             found = _rgb(_pixels(encoder, [image], policy, f" of a {name} image"), spec)
             distances = {other: float((found - wanted[other]).abs().mean()) for other in POLICIES}
+            turned = _turned(found, wanted[policy])
+            require(
+                not turned or distances[policy] <= LIKE,
+                f"preprocess of a {name} image with resize={policy!r} gives it {turned}; wanted it as it stands",
+            )
             nearest = min(distances, key=lambda other: distances[other])
             apart = float((wanted[nearest] - wanted[policy]).abs().mean())
             require(
@@ -110,12 +122,59 @@ def resize_details(cls: type[Encoder]) -> None:
         for name, change in others.items():
             other = ImageSpec.model_validate(spec.model_dump() | change)
             distance = float((found - to_pixels([image], other, policy)).abs().mean())
-            # another library's filter is nearer to the same filter of Pillow's than to the other one
-            require(
-                off <= 4 * distance + 0.02,
-                f"preprocess with resize={policy!r} seems to use {name} (off by {distance:.2g} from that, by {off:.2g} "
-                f"from what spec states: {spec.interpolation}, crop_fraction={spec.crop_fraction:g})",
-            )
+            _check_nearer(spec, policy, name, distance, off)
+        if policy == "squash":
+            for name, resized in _coarse(image, spec).items():
+                distance = float((found - to_pixels([resized], spec, policy)).abs().mean())
+                _check_nearer(spec, policy, name, distance, off)
+
+
+def _check_nearer(spec: ImageSpec, policy: str, name: str, distance: float, off: float) -> None:
+    # another library's filter is nearer to the same filter of Pillow's than to the other one
+    require(
+        off <= 4 * distance + 0.02,
+        f"preprocess with resize={policy!r} seems to use {name} (off by {distance:.2g} from that, by {off:.2g} from "
+        f"what spec states: {spec.interpolation}, crop_fraction={spec.crop_fraction:g})",
+    )
+
+
+def image_modes(cls: type[Encoder]) -> None:
+    """An image that is grey, has a palette or is transparent gives the pixels of what it looks like, on white."""
+    encoder = make_tiny(cls)
+    spec = encoder.geometry.image
+    colours = Image.fromarray(np.random.default_rng(6).integers(0, 256, (spec.height, spec.width, 3), dtype=np.uint8))
+    clear = colours.copy()
+    clear.putalpha(Image.linear_gradient("L").resize(clear.size))
+    modes = {
+        "grey (mode L)": colours.convert("L"),
+        "with a palette (mode P)": colours.convert("P", palette=Image.Palette.ADAPTIVE, colors=16),
+        "transparent (mode RGBA)": clear,
+    }
+    for name, image in modes.items():
+        with calling(f"preprocess of an image that is {name}; convert it by chiasm.image.to_rgb:"):
+            found = encoder.preprocess([image])
+        check_close(
+            found,
+            encoder.preprocess([to_rgb(image)]),
+            f"preprocess of an image that is {name} gives other pixels than of the same in RGB on white; convert it by "
+            "chiasm.image.to_rgb",
+        )
+
+
+def _coarse(image: Image.Image, spec: ImageSpec) -> dict[str, Image.Image]:
+    """An image brought to the encoder's size by filters that lose what lies between their pixels."""
+    nearest = image.resize((spec.width, spec.height), Image.Resampling.NEAREST)
+    rgb_13HW = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()
+    mode = spec.interpolation
+    found_13HW = F.interpolate(rgb_13HW, (spec.height, spec.width), mode=mode, align_corners=False)
+    thin = found_13HW.clamp(0, 255).round().byte()[0].permute(1, 2, 0).contiguous().numpy()
+    return {"the nearest pixel": nearest, f"{mode} without antialias": Image.fromarray(thin)}
+
+
+def _turned(found_13HW: Tensor, wanted_13HW: Tensor) -> str:
+    """How an image was mirrored or turned, empty where neither explains it."""
+    ways = {"mirrored": found_13HW.flip(3), "upside down": found_13HW.flip(2), "turned around": found_13HW.flip(2, 3)}
+    return next((name for name, back in ways.items() if float((back - wanted_13HW).abs().mean()) <= LIKE), "")
 
 
 def _stripes(width: int, height: int) -> Image.Image:
@@ -151,4 +210,4 @@ def _check_pixels(pixels: Tensor, wanted: tuple[int, ...], policy: str) -> None:
     require(bool(pixels.isfinite().all()), f"preprocess with resize={policy!r} returned NaN or infinity")
 
 
-PREPROCESS_CHECKS: tuple[Check, ...] = (preprocess, normalisation, resize_policy, resize_details)
+PREPROCESS_CHECKS: tuple[Check, ...] = (preprocess, image_modes, normalisation, resize_policy, resize_details)

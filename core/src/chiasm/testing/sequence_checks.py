@@ -18,6 +18,12 @@ from chiasm.testing.errors import ContractError
 from chiasm.testing.places import Cell, Moved
 from chiasm.testing.probe import check_close
 
+STEPS = 3
+"""Of training, in which a gradient must have reached the inputs."""
+
+MOST_PLACES = 64
+"""Of an input that are changed one by one."""
+
 
 def check_sequence(sequence: TokenSequence, declared: SequenceSpec, batch: int, after: str = "") -> None:
     """What `forward` returned is what `spec` states."""
@@ -107,16 +113,67 @@ def check_refused(forward: Callable[[], object], wrong: str, what: str, declared
         )
 
 
-def check_input_gradient(run: Callable[..., Tensor], inputs: Sequence[Tensor], names: Sequence[str]) -> None:
-    """A gradient that is not zero reaches each input."""
-    leaves = [item.clone().requires_grad_() for item in inputs]
-    with calling("forward"):
-        output = run(*leaves)
-    require(
-        output.requires_grad, f"no gradient reaches {names[0]}: does forward detach its input or run under no_grad?"
-    )
-    weight = torch.randn(output.shape)
-    gradients = torch.autograd.grad((output.float() * weight).sum(), leaves, allow_unused=True)
+def input_gradients(
+    module: nn.Module, run: Callable[..., Tensor], inputs: Sequence[Tensor], names: Sequence[str]
+) -> list[Tensor | None]:
+    """Gradients of the inputs, those of a few steps of training added up: a gate may start closed, and open.
+
+    Args:
+        module: what learns in between; frozen, it is looked at as it is.
+        run: its forward pass.
+        inputs: as it takes them.
+        names: of the inputs, for messages.
+
+    Raises:
+        ContractError: none of them gets any.
+    """
+    total: list[Tensor | None] = [None] * len(inputs)
+    for _ in range(STEPS):
+        leaves = [item.detach().clone().requires_grad_() for item in inputs]
+        with calling("forward"):
+            output = run(*leaves)
+        require(
+            output.requires_grad, f"no gradient reaches {names[0]}: does forward detach its input or run under no_grad?"
+        )
+        learned = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        loss = (output.float() * torch.randn(output.shape)).sum()
+        gradients = torch.autograd.grad(loss, [*leaves, *learned], allow_unused=True)
+        for k, gradient in enumerate(gradients[: len(leaves)]):
+            before = total[k]
+            if gradient is not None:
+                total[k] = gradient.abs() if before is None else before + gradient.abs()
+        with torch.no_grad():
+            for parameter, gradient in zip(learned, gradients[len(leaves) :], strict=True):
+                if gradient is not None:
+                    parameter.sub_(0.1 * gradient / gradient.norm().clamp(min=1e-12))
+    return total
+
+
+def check_input_gradient(
+    module: nn.Module, run: Callable[..., Tensor], inputs: Sequence[Tensor], names: Sequence[str]
+) -> None:
+    """A gradient that is not zero reaches each input, in every place of it that matters."""
+    gradients = input_gradients(module, run, inputs, names)
     for name, gradient in zip(names, gradients, strict=True):
         reached = gradient is not None and bool(gradient.isfinite().all()) and bool(gradient.any())
         require(reached, f"no gradient reaches {name}: its features do not matter, or are detached")
+    for k, gradient in enumerate(gradients):
+        assert gradient is not None
+        places = list(torch.cartesian_prod(*map(torch.arange, gradient.shape[1:-1])).view(-1, gradient.ndim - 2))
+        places = places[:: max(1, len(places) // MOST_PLACES)]
+        one = [item[:1].expand(len(places), *item.shape[1:]).clone() for item in inputs]
+        with torch.no_grad(), calling("forward"):
+            before = run(*[item[:1] for item in one])
+            for p, place in enumerate(places):
+                one[k][p][tuple(place)] += 0.1 * torch.randn(gradient.shape[-1])
+            moved_P = (run(*one) - before).float().flatten(1).abs().amax(dim=1)
+        still = 1e-4 * float(moved_P.max())
+        cut = [
+            tuple(place.tolist())
+            for p, place in enumerate(places)
+            if moved_P[p] > still and not gradient[(slice(None), *place)].any()
+        ]
+        require(
+            not cut,
+            f"{names[k]} at {cut[:1]} changes the output and no gradient reaches it there: some places are detached",
+        )

@@ -78,7 +78,7 @@ def check_options(module: Any, attempt: Callable[[Any, str], None]) -> None:
         attempt: states the spec of a configuration, makes its instance where that is small, and raises ContractError
             where they disagree; the second argument begins its messages. What the spec refuses is no fault.
     """
-    for count, (name, value, offered, config) in enumerate(_variants(module.config)):
+    for count, (name, value, offered, config) in enumerate(variants(module.config)):
         if count == MOST_VARIANTS:
             return
         when = f"with {name} = {value!r} "
@@ -117,7 +117,7 @@ def count_parameters(make: Callable[[], nn.Module]) -> int:
         return sum(parameter.numel() for parameter in make().parameters())
 
 
-def _variants(config: Settings) -> Iterator[tuple[str, Any, bool, Settings]]:
+def variants(config: Settings) -> Iterator[tuple[str, Any, bool, Settings]]:
     """Configurations that differ from one in one option, and are valid: the option, its value, and if that is offered
     by its type rather than made up here."""
     given = config.model_dump(exclude_unset=True)
@@ -162,7 +162,8 @@ def _others(annotation: Any, value: Any) -> Iterator[tuple[Any, bool]]:
             yield annotation(), False
     elif annotation is int:
         known = isinstance(value, int) and not isinstance(value, bool)
-        yield from ((other, False) for other in ((2 * value, value // 2) if known else (4,)) if other)
+        # an odd one too, which patches and heads may not divide
+        yield from ((other, False) for other in ((2 * value, value // 2, value + 1) if known else (4,)) if other)
     elif origin is tuple and isinstance(value, tuple) and len(value) == 2 and all(type(i) is int for i in value):
         yield (value[0], 2 * value[1]), False
         yield (2 * value[0], value[1]), False

@@ -20,7 +20,13 @@ def training_checks(probe: Probe) -> tuple[Check, ...]:
 
     def frozen(cls: Any) -> None:
         """What is frozen asks for no gradient, and after `eval()` nothing is in training mode or changes."""
-        module = make_tiny(cls).requires_grad_(False).train().eval()
+        module = make_tiny(cls)
+        for name in ("train", "eval"):
+            require(getattr(module, name)() is module, f"{name}() does not return the module, as torch's does")
+        module.requires_grad_(False).train()
+        thawed = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+        require(not thawed, f"frozen by requires_grad_(False), {some(thawed)} requires a gradient again after train()")
+        module.eval()
         training = [name or "the module" for name, part in module.named_modules() if part.training]
         require(not training, f"after eval() still in training mode: {some(training)}")
         before = _tensors(module)
@@ -31,7 +37,7 @@ def training_checks(probe: Probe) -> tuple[Check, ...]:
             "some tensor is no registered parameter, or train or forward sets requires_grad",
         )
         thawed = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
-        require(not thawed, f"frozen by requires_grad_(False), {some(thawed)} requires a gradient again after train()")
+        require(not thawed, f"frozen by requires_grad_(False), {some(thawed)} requires a gradient again after a pass")
         after = _tensors(module)
         changed = [name for name, value in before.items() if name in after and not torch.equal(value, after[name])]
         require(not changed, f"a forward pass in eval mode changed {some(changed)}")
