@@ -173,6 +173,9 @@ def test_earlier_studies_begin_a_search(bench, tmp_path):
     warm = [trial for trial in bench.trials() if "warm_start" in trial.user_attrs]
     assert sorted(trial.value for trial in warm) == pytest.approx([0.5, 0.51, 0.6, 0.61, 0.7, 0.71, 0.8, 0.81])
     assert len(bench.plan["trials"]) == 3
+    assert bench.plan["warm_start"] == {"out": 8}
+    manifests = [json.loads(file.read_text()) for file in bench.out.glob("trials/*/manifest.json")]
+    assert all(manifest["answer_flops"] > 0 for manifest in manifests)
     bench.sweep()
     assert len([trial for trial in bench.trials() if "warm_start" in trial.user_attrs]) == 8
     search(bench, 3, factors, warm_start=[str(tmp_path)])

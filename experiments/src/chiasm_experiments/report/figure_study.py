@@ -9,12 +9,13 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import EngFormatter, FuncFormatter, NullFormatter, PercentFormatter
 
 from chiasm_experiments.report.costs import Front
 from chiasm_experiments.report.drawing import CHANCE, MUTED, SEEN, STYLE, bare, new_figure, panels, save
 from chiasm_experiments.report.effects import Analysis
 from chiasm_experiments.report.ranges import RangeResult
+from chiasm_experiments.report.statistics import Floats
 from chiasm_experiments.report.study import Study, Trial
 
 PANEL = 2.7
@@ -37,8 +38,7 @@ def draw_ranges(study: Study, found: Sequence[tuple[Analysis, RangeResult]], pat
         for axes, (analysis, item) in zip(panels(figure, len(found)), found, strict=True):
             x, y, seeds = (np.array([point[k] for point in item.points]) for k in (0, 1, 2))
             axes.scatter(x, 100 * y, s=10 + 8 * seeds, color=SEEN, alpha=0.6, linewidths=0)
-            if item.range.log:
-                axes.set_xscale("log")
+            _scale(axes, x, log=item.range.log)
             axes.set_xlabel(study.short[item.factor])
             axes.set_ylabel(f"accuracy on {analysis.scores.name}, %")
             bare(axes, "both")
@@ -74,6 +74,17 @@ def curved(study: Study) -> list[tuple[str, list[Trial]]]:
     return [(name, trials) for name, trials in by_name if trials]
 
 
+def _scale(axes: Axes, values: Floats, *, log: bool) -> None:
+    """The horizontal axis: without powers of ten as formulas, which are not parsed here, and without an offset."""
+    if log:
+        axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    if values.max() >= 1e4:
+        axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
+    elif log:
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
 def _curve(axes: Axes, trial: Trial) -> None:
     shares = [point.share for point in trial.curve]
     values = [100 * point.accuracy for point in trial.curve]
@@ -97,8 +108,7 @@ def _cost_panel(study: Study, analysis: Analysis, front: Front, axes: Axes) -> N
     costs = [step.cost for step in front.steps]
     axes.step(costs, [100 * step.cell.accuracy.estimate for step in front.steps], where="post", color=SEEN, linewidth=1)
     values = [cost for _, cost in known]
-    if min(values) > 0 and max(values) > 20 * min(values):
-        axes.set_xscale("log")
+    _scale(axes, np.array(values), log=min(values) > 0 and max(values) > 20 * min(values))
     axes.set_xlabel(front.title + study.where)
     axes.set_ylabel(f"accuracy on {analysis.scores.name}, %")
     bare(axes, "both")

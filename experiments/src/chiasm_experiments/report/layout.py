@@ -190,7 +190,7 @@ def quality_table(study: Study, analysis: Analysis) -> Table:
         Column("not scored", True, "left out, never counted as wrong"),
     )
     rows = []
-    for cell in analysis.cells:
+    for cell in shown_cells(analysis.cells, MAX_CELLS):
         pairs = sorted(zip((trial.seed for trial in cell.trials), cell.seed_accuracies, strict=True))
         seeds = ", ".join(f"{fmt.points(value)} (seed {seed})" for seed, value in pairs)
         spread = "unknown" if cell.seed_sd is None else fmt.points(cell.seed_sd)

@@ -33,7 +33,8 @@ def tried(study: Study) -> str:
         f"{number['pruned']} pruned, {number['failed']} failed, {listed - begun} not finished."
     )
     if repeated:
-        text += f" {fmt.number(len(repeated), 'cell')} of {len(seeds)} have a result from more than one seed."
+        have = "has" if len(repeated) == 1 else "have"
+        text += f" Of {fmt.number(len(seeds), 'cell')} with a result {len(repeated)} {have} it from more than one seed."
     if study.added_seeds:
         text += f" Seeds added later: {', '.join(map(str, study.added_seeds))}."
     if study.skipped:
