@@ -110,8 +110,15 @@ def pooled(folder: Path) -> dict[str, list[float]]:
     return {"same": gaps(same), "other": gaps(other)}
 
 
-def swept(folder: Path, trials: int, steps: int) -> tuple[float, list[dict[str, Any]]]:
-    """Seconds of `chiasm sweep` from its process's start to its end, and the manifests of its trials."""
+def finish(command: list[str], folder: Path) -> None:
+    """Runs a command to its end; shows its errors if it fails."""
+    ended = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if ended.returncode:
+        raise SystemExit(ended.stderr[-4000:])
+
+
+def swept(folder: Path, trials: int, steps: int) -> tuple[float, float, list[dict[str, Any]]]:
+    """When the process of a `chiasm sweep` began and ended, and the manifests of its trials."""
     run = copy.deepcopy(RUN)
     run["stages"][0]["steps"] = steps
     study = {
@@ -124,10 +131,10 @@ def swept(folder: Path, trials: int, steps: int) -> tuple[float, list[dict[str, 
     folder.mkdir()
     (folder / "study.yaml").write_text(yaml.safe_dump(study))
     command = [sys.executable, "-m", "chiasm.cli", "sweep", "study.yaml", "--out", "out", "--json"]
-    started = time.perf_counter()
-    subprocess.run(command, cwd=folder, check=True, capture_output=True)
-    seconds = time.perf_counter() - started
-    return seconds, [json.loads(file.read_text()) for file in (folder / "out").glob("trials/*/manifest.json")]
+    started = time.time()
+    finish(command, folder)
+    ended = time.time()
+    return started, ended, [json.loads(file.read_text()) for file in (folder / "out").glob("trials/*/manifest.json")]
 
 
 def fresh(folder: Path, steps: int) -> list[dict[str, float]]:
@@ -141,7 +148,7 @@ def fresh(folder: Path, steps: int) -> list[dict[str, float]]:
         (own / "run.yaml").write_text(yaml.safe_dump(run))
         command = [sys.executable, "-m", "chiasm.cli", "train", "run.yaml", "--out", "out", "--json"]
         started = time.time()
-        subprocess.run(command, cwd=own, check=True, capture_output=True)
+        finish(command, own)
         ended = time.time()
         manifest = json.loads((own / "out" / "manifest.json").read_text())
         found.append({"first step": first_step(manifest) - started, "whole": ended - started})
@@ -150,7 +157,7 @@ def fresh(folder: Path, steps: int) -> list[dict[str, float]]:
 
 def steps_of_a_second(folder: Path) -> int:
     """Steps that a trial takes in about a second where two run at once, as in the sweep."""
-    _, manifests = swept(folder, 8, 40)
+    *_, manifests = swept(folder, 8, 40)
     warm = sorted(manifests, key=lambda manifest: manifest["started"])[2:]
     step = statistics.median(manifest["seconds"]["train"] / 40 for manifest in warm)
     beside = statistics.median(manifest["seconds"]["total"] - manifest["seconds"]["train"] for manifest in warm)
@@ -167,7 +174,7 @@ def main() -> None:
         os.environ["CHIASM_CACHE"] = str(folder / "cache")
         pool = pooled(folder)
         steps = steps_of_a_second(folder / "second")
-        seconds, manifests = swept(folder / "sweep", trials, steps)
+        began, ended, manifests = swept(folder / "sweep", trials, steps)
         alone = fresh(folder / "fresh", steps)
     busy.append(os.getloadavg()[0])
     totals = [manifest["seconds"]["total"] for manifest in manifests]
@@ -179,7 +186,9 @@ def main() -> None:
         "sweep": {
             "trials": len(manifests),
             "complete": sum(manifest["status"] == "complete" for manifest in manifests),
-            "seconds": seconds,
+            "seconds": ended - began,
+            "before_the_first_trial": min(manifest["started"] for manifest in manifests) - began,
+            "after_the_last_trial": ended - max(map(end, manifests)),
             "trial_seconds_median": statistics.median(totals),
             "trial_seconds_over_two_slots": sum(totals) / 2,
             "slot_to_first_step_median": statistics.median(gaps(manifests)),
@@ -200,7 +209,7 @@ def main() -> None:
         met=same < 0.5
         and other < 4
         and figures["sweep"]["complete"] == trials == 100
-        and seconds < 80
+        and ended - began < 80
         and statistics.median(totals) >= 0.9 * SECONDS,
         ratio=same / process,
     )
