@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from chiasm_experiments.submit import submit
+from chiasm_experiments.watch import watch
 
 EXISTING = click.Path(exists=True, path_type=Path)
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
@@ -257,4 +258,4 @@ def _print_scores(manifest: dict[str, Any], folder: Path, as_json: bool) -> None
     click.echo(f"manifest: {folder / 'manifest.json'}")
 
 
-COMMANDS = (plan, train, sweep, submit, evaluate, report, ask)
+COMMANDS = (plan, train, sweep, submit, watch, evaluate, report, ask)
