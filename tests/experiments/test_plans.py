@@ -253,7 +253,11 @@ def test_gpu_memory_names_cells_that_take_more(write):
 
 
 def test_a_plan_is_the_same_twice(write):
-    factors = {"vision.encoders": ENCODERS, "vision.fusion": ["concat_tokens", "project_sum", "single"], "evaluation_batch_size": [32, 1]}
+    factors = {
+        "vision.encoders": ENCODERS,
+        "vision.fusion": ["concat_tokens", "project_sum", "single"],
+        "evaluation_batch_size": [32, 1],
+    }
     for design in ("grid", "one_factor", "pairwise"):
         path = write(factors, design=design, invalid="skip")
         assert told(path) == told(path)
