@@ -128,6 +128,8 @@ class Cluster:
             self.process.wait(20)
         except subprocess.TimeoutExpired:
             self.process.kill()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
         for process in processes:
             if process.is_running():
                 process.kill()

@@ -79,6 +79,18 @@ def test_mistakes_are_told_and_nothing_is_written(place: Path, call: Call, monke
     assert sorted(place.rglob("*")) == before
 
 
+def test_an_image_that_cannot_be_decoded_is_told_before_the_model_is_loaded(place: Path, call: Call):
+    run = place / "one"
+    weights = run / "stages" / "pretrain" / "parts.json"
+    weights.parent.mkdir(parents=True)
+    weights.touch()  # no weights: to load them would be another error
+    (run / "run.json").write_text(json.dumps({"stages": [{"name": "pretrain"}]}))
+    (place / "broken.png").write_bytes(b"x")
+    code, _, err = call("ask", run, place / "broken.png", "What?")
+    assert code == 2
+    assert "broken.png' cannot be decoded" in err
+
+
 def test_a_run_that_is_not_trained_to_its_end_is_told_with_its_status(place: Path, call: Call):
     run = place / "trials" / "one"
     run.mkdir(parents=True)

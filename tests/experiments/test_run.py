@@ -164,8 +164,8 @@ def cli(*words, cwd, **env):
         (("train", "run.yaml", "--out", "o"), "run.yaml:1: "),
         (("plan", "gone.yaml"), "does not exist"),
         (("ask", ".", "gone.png", "q"), "does not exist"),
-        (("ask", ".", "broken.png", "q"), "broken.png' cannot be decoded"),
-        (("evaluate", "."), "run.json' cannot be read"),
+        (("ask", ".", "broken.png", "q"), "'.' holds no run; wanted a folder that `chiasm train` wrote"),
+        (("evaluate", "."), "'.' holds no run; wanted a folder that `chiasm train` wrote"),
         (("check", "encoder", "clipp"), "Did you mean 'clip'?"),
     ],
 )
