@@ -55,6 +55,8 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
         (["sweep", "run.yaml", "--out", "new"], "run.yaml is a run; `chiasm train` runs it"),
         (["train", "run.yaml", "--out", "file"], "nothing can be written into"),
         (["train", "run.yaml", "--out", "file/new"], "nothing can be written into"),
+        (["sweep", "study.yaml", "--out", "file"], "nothing can be written into"),
+        (["sweep", "study.yaml", "--out", "file/new"], "nothing can be written into"),
         (["train", "empty", "--out", "new"], "empty cannot be read: Is a directory"),
         (["train", "run.yaml", "--out", "new", "--set", "cache"], "wanted NAME=VALUE"),
         (["evaluate", "empty"], "holds no run; wanted a folder that `chiasm train` wrote"),

@@ -13,6 +13,7 @@ import optuna
 from optuna.trial import TrialState
 
 from chiasm.errors import ChiasmError, ConfigError
+from chiasm_experiments.folders import new_folder
 from chiasm_experiments.study.cells import Cell, Cells, Trial, fidelities, make_cells, make_trials, refuse_invalid
 from chiasm_experiments.study.config import Study
 from chiasm_experiments.study.driver import Driver
@@ -124,6 +125,7 @@ def sweep(
         _require_label(options.only, study, every)
     if options.fresh:
         erase(folder, study.config.storage)
+    new_folder(folder)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     skipped = [] if isinstance(source, Search) else [item for cells in every.values() for item in cells.skipped]
     extra = [*added, *new]
