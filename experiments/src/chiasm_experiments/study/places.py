@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 import ray
 import torch
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
+from ray.train.torch import TorchConfig, TorchTrainer
 
 from chiasm.errors import ChiasmError
 from chiasm_experiments.data.feed import FeatureMemo
@@ -60,10 +62,13 @@ class TrialActor:
         gc.freeze()  # what was imported stays, and later collections need not look at it
 
     def run(self, job: Job, hub: Any, ticket: str) -> Result:
-        """Executes a trial."""
+        """Executes a trial through Ray Train's local mode, in this process."""
         hub.enter.remote(ticket, 0, os.getpid())
+        config = {"job": job, "guide": HubGuide(hub, ticket), "warm": self.warm}
+        scaling = ScalingConfig(num_workers=0, use_gpu=self.device.type == "cuda")
         try:
-            manifest = execute(job, HubGuide(hub, ticket), self.warm, Workers(0, 1, self.device))
+            trainer = TorchTrainer(_train_alone, train_loop_config=config, scaling_config=scaling)
+            manifest: dict[str, Any] = trainer.fit().return_value
             return Result(manifest["status"], manifest, gpu_bytes=self.gpu_bytes)
         except StoppedError:
             return Result("stopped")
@@ -92,9 +97,6 @@ class TrainerActor:
 
     def run(self, job: Job, hub: Any, ticket: str) -> Result:
         """Executes a trial."""
-        from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
-        from ray.train.torch import TorchConfig, TorchTrainer
-
         cpus = self.resources.cpus_per_worker
         per_worker = {"CPU": cpus} | ({"GPU": self.gpus} if self.gpus else {})
         scaling = ScalingConfig(
@@ -124,6 +126,11 @@ class TrainerActor:
                 return Result("failed", error=next(iter(raised.values())))
             return Result("lost", error=f"its worker {', '.join(map(str, sorted(died))) or 'group'} died: {error}")
         return Result(manifest["status"], manifest) if manifest is not None else Result("stopped")
+
+
+def _train_alone(config: dict[str, Any]) -> dict[str, Any]:
+    """What Ray Train runs in the actor of a one-worker trial."""
+    return execute(config["job"], config["guide"], config["warm"])
 
 
 def train_loop(config: dict[str, Any]) -> dict[str, Any] | None:
