@@ -36,7 +36,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "random": {"sampler": "random", "pruner": "none"},
     "TPE": {"sampler": "tpe", "pruner": "none"},
     "TPE, Hyperband": {"sampler": "tpe", "pruner": "hyperband"},
-    "TPE, Wilcoxon": {"sampler": "tpe", "pruner": "wilcoxon"},
 }
 OURS = "TPE, Hyperband"
 """The defaults of a search."""
