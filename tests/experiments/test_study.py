@@ -12,7 +12,7 @@ from chiasm.config import load_run
 from chiasm.errors import ChiasmError, ConfigError
 from chiasm_experiments.study.cells import make_cells, make_trials, refuse_invalid
 from chiasm_experiments.study.config import Study
-from chiasm_experiments.study.sweep import sweep
+from chiasm_experiments.study.sweep import start_ray, sweep
 
 RUN = {
     "vision": {"encoders": ["blind"], "adapter": "mlp"},
@@ -162,6 +162,19 @@ def test_a_folder_of_another_study_is_left_alone(write, tmp_path):
     with pytest.raises(ConfigError, match="study of an earlier version.*--fresh"):
         sweep(write(), out)
     assert json.loads((out / "study.json").read_text()) == earlier
+
+
+def test_without_an_address_ray_is_started_here_whatever_cluster_was_here_before(monkeypatch):
+    import ray
+
+    calls = []
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **options: calls.append(options.get("address")))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    start_ray(print)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    start_ray(print)
+    assert calls == ["local", None]  # None: Ray reads the variable
 
 
 ROOT = Path(__file__).parents[2] / "experiments"

@@ -170,7 +170,8 @@ def start_ray(say: Say) -> None:
         ray.init(log_to_driver=False, logging_level="warning")
     else:
         say("starting Ray on this machine")
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level="warning")
+        # a cluster that was killed here may have left its address, for which Ray would wait
+        ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="warning")
 
 
 def _source(
