@@ -28,8 +28,8 @@ from chiasm.batch import collate
 from chiasm.build import build_vlm
 from chiasm.config import RunConfig
 from chiasm.vlm import VLM
-from chiasm_experiments.data.features import join
 from chiasm_experiments.data.feed import Example, Feed
+from chiasm_experiments.data.joining import join
 from chiasm_experiments.data.loader import load_steps
 from chiasm_experiments.data.mixture import Mixture, load_mixture
 from chiasm_experiments.data.store import FeatureStore

@@ -26,8 +26,9 @@ from chiasm.sample import ImageFile, Sample, Turn
 from chiasm.views import Views
 from chiasm_encoders.clip import ClipEncoder
 from chiasm_encoders.dinov2 import Dinov2Encoder
-from chiasm_experiments.data.features import FeatureMemo, FrozenFeatures, Wanted, join
+from chiasm_experiments.data.features import FeatureMemo, FrozenFeatures, Wanted
 from chiasm_experiments.data.feed import Feed
+from chiasm_experiments.data.joining import join
 from chiasm_experiments.data.loader import _Examples, _read_ahead, load_steps
 from chiasm_experiments.data.mixture import Mixture
 from chiasm_experiments.data.store import FeatureStore
@@ -288,13 +289,18 @@ def test_features_that_were_read_ahead_are_taken_and_damaged_ones_are_computed_a
     examples = [feed.train(sample) for sample in samples]
     feed.fetch(examples, pin=False)
     rows = [row for example in examples for row in example.rows[0].values()]
-    assert join(rows, CPU).data_ptr() == rows[0].data_ptr(), "rows read ahead are one piece of memory"
+    assert len({id(row.whole_ILND) for row in rows}) == 1, "rows read ahead are one piece of memory"
+    assert [row.first for row in rows] == list(range(len(rows)))
+    assert join(rows, CPU) is rows[0].whole_ILND
     feed.send(examples, torch.device("meta"))
-    assert all(row.is_meta and row.shape == rows[0].shape for example in examples for row in example.rows[0].values())
+    sent = {id(row.whole_ILND): row.whole_ILND for example in examples for row in example.rows[0].values()}
+    assert [whole.is_meta for whole in sent.values()] == [True]
     feed.fetch(examples, pin=False)
-    feed.send(examples[::-1], CPU)  # not in the order in which they were read, so they are copied
-    rows = [row for example in examples for row in example.rows[0].values()]
-    assert torch.equal(join(rows, CPU), wanted.tokens)
+    for order in ([0, 1, 2], [2, 0, 1], [1], [1, 1, 0]):
+        rows = [row for i in order for row in examples[i].rows[0].values()]
+        assert torch.equal(join(rows, CPU), wanted.tokens[order])
+        # beside what is not of the same piece
+        assert torch.equal(join([*rows, wanted.tokens], CPU), torch.cat([wanted.tokens[order], wanted.tokens]))
     (data,) = tmp_path.glob("*/*.data")
     data.write_bytes(bytes(data.stat().st_size))
     feed.fetch(examples, pin=False)
@@ -315,7 +321,7 @@ def test_a_thread_reads_steps_ahead_in_their_order(make_vlm, tmp_path, monkeypat
     monkeypatch.setattr("torch.cuda.set_device", lambda device: None)
     memory = SimpleNamespace(total_memory=100 * 48 * 9)  # 1% holds three steps of three images of the toy
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: memory)
-    monkeypatch.setattr("chiasm_experiments.data.loader._beside", lambda device: nullcontext())
+    monkeypatch.setattr("chiasm_experiments.data.loader._Beside", lambda device: nullcontext())
     monkeypatch.setattr("chiasm_experiments.data.loader.AHEAD_BYTES", room)
     sent = []
     monkeypatch.setattr(feed, "send", lambda examples, device: sent.append(len(examples)))
@@ -479,7 +485,7 @@ def test_features_that_are_sent_ahead_to_a_gpu_are_those_of_the_disk(make_vlm, t
     wanted = {i: feed.vision([feed.train(Samples()[i])], gpu) for i in range(12)}
     feed.flush()
     for step, examples in zip(steps, load_steps(steps, Samples(), feed, gpu), strict=True):
-        assert all(row.is_cuda for example in examples for row in example.rows[0].values())
+        assert all(row.whole_ILND.is_cuda for example in examples for row in example.rows[0].values())
         torch.cuda._sleep(10**6)  # the GPU is behind, and memory that it still needs must not be used again
         found = [item.tokens for item in feed.vision(examples, gpu)]
         torch.testing.assert_close(

@@ -108,7 +108,8 @@ def test_packs_are_dropped_from_the_one_that_was_not_used_for_longest(tmp_path):
     writer.close()
     packs = sorted(tmp_path.glob("*/*.data"))
     assert len(packs) > 10
-    order = packs[3:] + packs[:3]
+    # that which is not full yet is written on, and so used last
+    order = sorted(packs[3:] + packs[:3], key=lambda data: -data.stat().st_size)
     for age, data in enumerate(order):
         os.utime(data, (1e9 + age, 1e9 + age))
     number = 0

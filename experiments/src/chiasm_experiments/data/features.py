@@ -10,12 +10,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from chiasm.features import Features, Grid
+from chiasm_experiments.data.joining import Span, join
 from chiasm_experiments.data.store import Shelf
 
 POLL_SECONDS = 0.002
@@ -70,7 +72,7 @@ class Wanted:
     """
 
     key: str
-    row: Tensor | None
+    row: Span | None
     pixels: Callable[[], Tensor]
 
 
@@ -118,37 +120,51 @@ class FrozenFeatures:
             return len(row)
         return self.shelf.views(key) if self.shelf is not None else None
 
-    def fetch(self, keys: Iterable[str], *, pin: bool) -> dict[str, Tensor]:
+    def fetch(self, keys: Iterable[str], *, pin: bool) -> dict[str, Span]:
         """Reads from the disk what it has of some images, into one piece of memory; for another thread to do ahead."""
         if self.shelf is None:
             return {}
         shelf = self.shelf
-        counts = {key: shelf.views(key) for key in dict.fromkeys(keys) if key not in self._pending}
-        known = {key: views for key, views in counts.items() if views is not None}
+        known = shelf.find(key for key in dict.fromkeys(keys) if key not in self._pending)
         if not known:
             return {}
-        whole_IVLND = torch.empty(sum(known.values()), *shelf.view, dtype=shelf.dtype, pin_memory=pin)
-        rows = dict(zip(known, torch.split(whole_IVLND, list(known.values())), strict=True))
+        views = [found.entry.size // shelf.view_bytes for found in known.values()]
+        firsts = list(accumulate(views, initial=0))
+        whole_ILND = torch.empty(firsts.pop(), *shelf.view, dtype=shelf.dtype, pin_memory=pin)
         if self._readers is None:
             self._readers = ThreadPoolExecutor(READERS, "chiasm-read")
-        read = list(self._readers.map(lambda item: shelf.read(*item), rows.items()))
-        return {key: row for (key, row), whole in zip(rows.items(), read, strict=True) if whole}
+        each = -(-len(known) // READERS)
+        found, parts = list(known.values()), range(0, len(known), each)
+        ends = [*firsts[each::each], len(whole_ILND)]
+        read = self._readers.map(
+            lambda part: shelf.read(found[part[0] : part[0] + each], whole_ILND[firsts[part[0]] : part[1]]),
+            zip(parts, ends, strict=True),
+        )
+        whole = [right for part in read for right in part]
+        return {
+            key: Span(whole_ILND, first, count)
+            for key, first, count, right in zip(known, firsts, views, whole, strict=True)
+            if right
+        }
 
     def gather(self, wanted: Sequence[Wanted], device: torch.device) -> Features:
         """The features of images in order, `[I, L, N, D]` on the device; those that nobody has are computed, once."""
-        rows: dict[str, Tensor] = {}
+        rows: dict[str, Tensor | Span] = {}
         missing: dict[str, Wanted] = {}
+        sent: dict[int, Tensor] = {}
         for item in wanted:
             if item.key in rows or item.key in missing:
                 continue
             row = item.row if item.row is not None else self._here(item.key)
-            if item.row is not None and item.row.is_cuda:
-                # it was sent beside what the GPU computes, and its memory is not free before that has used it
-                item.row.record_stream(torch.cuda.current_stream(device))
             if row is None:
                 missing[item.key] = item
             else:
                 rows[item.key] = row
+            if item.row is not None and item.row.whole_ILND.is_cuda:
+                sent[id(item.row.whole_ILND)] = item.row.whole_ILND
+        for whole_ILND in sent.values():
+            # it was sent beside what the GPU computes, and its memory is not free before that has used it
+            whole_ILND.record_stream(torch.cuda.current_stream(device))
         self._take(self.fetch(missing, pin=device.type == "cuda"), rows, missing, device)
         patience = time.monotonic() + WAIT_SECONDS
         while missing:
@@ -184,14 +200,14 @@ class FrozenFeatures:
         return row
 
     def _take(
-        self, found: dict[str, Tensor], rows: dict[str, Tensor], missing: dict[str, Wanted], device: torch.device
+        self, found: dict[str, Span], rows: dict[str, Tensor | Span], missing: dict[str, Wanted], device: torch.device
     ) -> None:
         """Moves what was read from the missing to the rows."""
         for key, row in found.items():
             del missing[key]
             rows[key] = row
             if self.memo is not None:
-                self.memo.put((self.identity, key), row.to(device, copy=True))
+                self.memo.put((self.identity, key), row.tensor.to(device, copy=True))
 
     def _claim(self, missing: Iterable[str]) -> list[str]:
         if self.shelf is None:
@@ -260,40 +276,3 @@ class FrozenFeatures:
     def _release(self, keys: Iterable[str]) -> None:
         if self.shelf is not None:
             self.shelf.release(keys)
-
-
-def join(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Tensors one behind the other on a device, each neighbourhood in memory copied in one go and nothing copied twice.
-
-    Pinned memory is copied without waiting.
-    """
-    runs = _runs(tensors)
-    if len(runs) == 1:
-        return runs[0].to(device, non_blocking=True)
-    if device.type == "cpu" and all(run.device == device for run in runs):
-        return torch.cat(runs)
-    joined = torch.empty(sum(map(len, runs)), *runs[0].shape[1:], dtype=runs[0].dtype, device=device)
-    first = 0
-    for run in runs:
-        joined[first : first + len(run)].copy_(run, non_blocking=True)
-        first += len(run)
-    return joined
-
-
-def _runs(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The same rows in fewer tensors, where neighbours are neighbours in memory too."""
-    runs: list[Tensor] = []
-    for tensor in tensors:
-        last = runs[-1] if runs else None
-        if (
-            last is not None
-            and tensor.is_contiguous()
-            and last.is_contiguous()
-            and last.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
-            and last.data_ptr() + last.nbytes == tensor.data_ptr()
-        ):
-            shape = (len(last) + len(tensor), *last.shape[1:])
-            runs[-1] = last.as_strided(shape, last.stride(), last.storage_offset())
-        else:
-            runs.append(tensor)
-    return runs

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import PIL.Image
@@ -23,7 +23,8 @@ from chiasm.image import normalise
 from chiasm.prompt import Prompt, PromptBuilder, Row
 from chiasm.sample import ImageSource, Sample
 from chiasm.vlm import VLM
-from chiasm_experiments.data.features import FeatureMemo, FrozenFeatures, Wanted, join
+from chiasm_experiments.data.features import FeatureMemo, FrozenFeatures, Wanted
+from chiasm_experiments.data.joining import Span, join
 from chiasm_experiments.data.store import FeatureStore
 
 __all__ = ["Example", "FeatureMemo", "Feed"]
@@ -40,8 +41,8 @@ class Example:
     pixels: tuple[tuple[Tensor, ...], ...] = ()
     """For each encoder the views of each image, `[V, 3, H, W]`, as `Feed.pixels` takes them; empty where the features
     are known already."""
-    rows: tuple[dict[str, Tensor], ...] = ()
-    """For each encoder features that were read ahead, `[V, L, N, D]` by key."""
+    rows: tuple[dict[str, Span], ...] = ()
+    """For each encoder features that were read ahead, by key."""
 
 
 class Feed:
@@ -130,14 +131,15 @@ class Feed:
                 example.rows = (*example.rows, {key: rows[key] for key in example.keys if key in rows})
 
     def send(self, examples: Sequence[Example], device: torch.device) -> None:
-        """Copies what `fetch` has read to a device, in one piece for each encoder where it was read so."""
-        for k in range(len(self.features)):
-            rows = {key: row for example in examples for key, row in example.rows[k].items()}
-            if rows:
-                joined_IVLND = join(list(rows.values()), device)
-                there = dict(zip(rows, torch.split(joined_IVLND, list(map(len, rows.values()))), strict=True))
-                for example in examples:
-                    example.rows[k].update((key, there[key]) for key in example.rows[k])
+        """Copies what `fetch` has read to a device, in one piece for each encoder."""
+        there: dict[int, tuple[Tensor, Tensor]] = {}  # with what an id stands for, which lives as long
+        for example in examples:
+            for rows in example.rows:
+                for key, span in rows.items():
+                    whole_ILND = span.whole_ILND
+                    if id(whole_ILND) not in there:
+                        there[id(whole_ILND)] = whole_ILND, whole_ILND.to(device, non_blocking=True)
+                    rows[key] = replace(span, whole_ILND=there[id(whole_ILND)][1])
 
     def batch(self, examples: Sequence[Example], device: torch.device, *, pad: Padding = "right") -> Batch:
         """Examples as one batch on the device, padded or packed as `collate` says."""

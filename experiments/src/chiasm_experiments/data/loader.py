@@ -10,7 +10,6 @@ import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -118,10 +117,12 @@ def _from_processes(
 def _read_ahead(made: Iterator[list[Example]], feed: Feed, device: torch.device) -> Iterator[list[Example]]:
     """Known features are read from the disk by a thread, steps before they are asked for, and sent to the GPU."""
 
+    beside = _Beside(device)
+
     def read(examples: list[Example], *, send: bool) -> list[Example]:
         feed.fetch(examples, pin=True)
         if send:
-            with _beside(device):
+            with beside:
                 feed.send(examples, device)
         return examples
 
@@ -143,13 +144,22 @@ def _read_ahead(made: Iterator[list[Example]], feed: Feed, device: torch.device)
             yield ahead.popleft().result()
 
 
-@contextmanager
-def _beside(device: torch.device) -> Iterator[None]:
-    """What a GPU is given here it does beside what it computes, and has done in the end."""
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    with torch.cuda.stream(stream):
-        yield
-    stream.synchronize()
+class _Beside:
+    """What a GPU is given here it does beside what it computes, and has done in the end.
+
+    One stream for all times, since memory that one stream has used is not given to another.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def __enter__(self) -> None:
+        self._entered = torch.cuda.stream(self._stream)
+        self._entered.__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *error: Any) -> None:
+        self._entered.__exit__(*error)
+        self._stream.synchronize()
 
 
 class _Examples(Dataset[Any]):

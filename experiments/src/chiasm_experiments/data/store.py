@@ -22,16 +22,17 @@ import threading
 import time
 import uuid
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from chiasm_experiments.data.packs import Pack, PackWriter
+from chiasm_experiments.data.packs import Entry, Pack, PackWriter
 
 LOOK_SECONDS = 10.0
 """How long a process goes without looking for packs that others have made or dropped, while it finds what it asks."""
@@ -107,10 +108,14 @@ class FeatureStore:
         return sum(size for _, size, _ in _packs(self.folder))
 
 
-@dataclass(slots=True)
-class _Place:
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Where an image's features stand."""
+
+    digest: bytes
     pack: Pack
     row: int
+    entry: Entry
 
 
 class Shelf:
@@ -148,36 +153,49 @@ class Shelf:
 
     def views(self, key: str) -> int | None:
         """How many views of an image have their features here; None where they are not known."""
-        entry = self._entry(digest_of(key))
-        return None if entry is None else entry[2] // self.view_bytes
+        found = self._find(digest_of(key))
+        return None if found is None else found.entry.size // self.view_bytes
 
-    def read(self, key: str, into: Tensor) -> bool:
-        """Reads an image's features to where they are wanted, `[V, L, N, D]` on the CPU; False where they are gone."""
-        digest = digest_of(key)
-        found = self._entry(digest)
-        if found is None:
-            return False
-        pack, row, size = found
-        entry = pack.entry(row)
-        if entry is None or size != into.nbytes:
-            return False
-        if pack.read(entry, _bytes(into)):
+    def find(self, keys: Iterable[str]) -> dict[str, Found]:
+        """Where the features of images stand, of those that are known; those of one pack behind each other."""
+        found = {key: self._find(digest_of(key)) for key in keys}
+        known = [(key, item) for key, item in found.items() if item is not None]
+        return dict(sorted(known, key=lambda pair: pair[1].pack.path.name))
+
+    def read(self, found: Sequence[Found], into: Tensor) -> list[bool]:
+        """Reads features to where they are wanted; False for each that is gone by now.
+
+        Args:
+            found: as `find` says, in its order.
+            into: `[V, L, N, D]` on the CPU, V the views of them all.
+        """
+        array: Any = into.flatten().view(torch.uint8).numpy()
+        whole: list[bool] = []
+        first = 0
+        for _, group in groupby(found, key=lambda item: item.pack.path.name):
+            items = list(group)
+            size = sum(item.entry.size for item in items)
+            pack = items[0].pack
+            right = pack.read([item.entry for item in items], array[first : first + size])
+            first += size
+            whole += right
             now = time.monotonic()
-            if now - self._touched.get(pack.path.name, -60) >= 60:
+            if any(right) and now - self._touched.get(pack.path.name, -60) >= 60:
                 self._touched[pack.path.name] = now
                 pack.touch()
-            return True
-        pack.strike(row)
-        self._places.pop(digest, None)
-        return False
+        for item, kept in zip(found, whole, strict=True):
+            if not kept:
+                item.pack.strike(item.row)
+                self._places.pop(item.digest, None)
+        return whole
 
-    def get(self, key: str, *, pin: bool = False) -> Tensor | None:
+    def get(self, key: str) -> Tensor | None:
         """An image's features, `[V, L, N, D]` on the CPU; None where they are not known."""
-        views = self.views(key)
-        if views is None:
+        found = list(self.find([key]).values())
+        if not found:
             return None
-        found_VLND = torch.empty(views, *self.view, dtype=self.dtype, pin_memory=pin)
-        return found_VLND if self.read(key, found_VLND) else None
+        read_VLND = torch.empty(found[0].entry.size // self.view_bytes, *self.view, dtype=self.dtype)
+        return read_VLND if self.read(found, read_VLND)[0] else None
 
     def look(self) -> None:
         """Takes note of what processes have written and dropped since."""
@@ -212,8 +230,8 @@ class Shelf:
             self._numbers[self._numbers.index(pack)] = None
             pack.close()
 
-    def _entry(self, digest: bytes, *, look: bool = True) -> tuple[Pack, int, int] | None:
-        """Pack, row and size of an entry; one that is not known yet is looked for."""
+    def _find(self, digest: bytes, *, look: bool = True) -> Found | None:
+        """Where an entry stands; one that is not known yet is looked for."""
         place = self._places.get(digest)
         if look and (place is None or time.monotonic() - self._looked > LOOK_SECONDS):
             self.look()
@@ -225,7 +243,7 @@ class Shelf:
         if pack is None or entry is None:
             self._places.pop(digest, None)
             return None
-        return pack, row, entry.size
+        return Found(digest, pack, row, entry)
 
     # writing
 
@@ -279,7 +297,7 @@ class Shelf:
             if claims.take(digest_of(key)):
                 mine.append(key)
         self.look()  # what another process finished between our look and our claim
-        known = {key for key in mine if self._entry(digest_of(key), look=False) is not None}
+        known = {key for key in mine if self._find(digest_of(key), look=False) is not None}
         self.release(known)
         return [key for key in mine if key not in known]
 
