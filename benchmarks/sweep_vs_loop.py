@@ -5,9 +5,10 @@ long as a whole, so a spread sample of its trials is timed, and the whole is tha
 its 95 % interval. The sweep runs the whole grid. A search with pruning then runs until the cell that it names is within
 the noise of the grid's best and stays so.
 
-    python benchmarks/sweep_vs_loop.py [--sample 12] [--trials 36] [--tiny]
+    python benchmarks/sweep_vs_loop.py [--sample 12] [--trials 36] [--keep FOLDER] [--tiny]
 
-`--tiny` runs four trials of the grid with few steps, anywhere, to see that the script works; it writes no result.
+`--keep` names a folder for the grid's results, of which search_cost.py takes its table. `--tiny` runs four trials of
+the grid with few steps, anywhere, to see that the script works; it writes no result.
 """
 
 from __future__ import annotations
@@ -108,6 +109,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sample", type=int, default=12, help="trials of the loop that are timed")
     parser.add_argument("--trials", type=int, default=36, help="that the search proposes")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="where the sweep's results stay")
     parser.add_argument("--tiny", action="store_true")
     arguments = parser.parse_args()
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -115,12 +117,15 @@ def main() -> None:
         folder = Path(home)
         grid = write_study(folder / "grid", arguments.tiny)
         seconds, count = loop(grid, min(2, arguments.sample) if arguments.tiny else arguments.sample)
-        sweep = chiasm("sweep", grid, "--out", folder / "swept", "--json")
+        print(f"the loop's trials took {', '.join(f'{each:.1f}' for each in seconds)} s", flush=True)
+        swept = arguments.keep or folder / "swept"
+        sweep = chiasm("sweep", grid, "--out", swept, "--json")
+        print(f"the sweep of {count} trials took {sweep:.1f} s", flush=True)
         search = yaml.safe_load(GRID.read_text())["search"] | {"trials": 3 if arguments.tiny else arguments.trials}
         began = time.time()
         file = write_study(folder / "search", arguments.tiny, design="search", search=search, name="searched")
         chiasm("sweep", file, "--out", folder / "searched", "--json")
-        after = found_after(folder / "searched", began, means(folder / "swept"))
+        after = found_after(folder / "searched", began, means(swept))
     mean = statistics.fmean(seconds)
     half = float(stats.t.ppf(0.975, len(seconds) - 1)) * statistics.stdev(seconds) / len(seconds) ** 0.5
     figures = {
