@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from chiasm.batch import collate
 from chiasm.build import build_vlm
 from chiasm.config import RunConfig, resolve
 from chiasm.cost import SampleSize, connector_cost, saved_bytes
+from chiasm.llm import LanguageModel
 from chiasm.plan import plan_run
 from chiasm.prompt import PromptBuilder
 from chiasm.sample import Sample, Turn
@@ -41,9 +43,14 @@ class Blank:
     key = "blank"
 
 
-def counted(run: RunConfig, text: str, answer: str) -> tuple[int, int, int, int]:
-    """Operations of one training step of one sample, positions, supervised ones, and those of attention's squares."""
+def counted(run: RunConfig, text: str, answer: str, *, everywhere: bool = True) -> tuple[int, int, int, int]:
+    """Operations of one training step of one sample, positions, supervised ones, and views.
+
+    `everywhere` has the last block's feed-forward part computed at every position, as a plan counts it.
+    """
     vlm = build_vlm(run)
+    if everywhere:
+        vlm.llm.forward_at = partial(LanguageModel.forward_at, vlm.llm)
     vlm.set_trained(run.stages[0].train)
     vlm.train()
     builder = PromptBuilder(vlm.llm, run.tokens, vlm.visual_tokens, "")
@@ -71,6 +78,14 @@ def test_operations_of_a_training_step_are_those_that_torch_counts(train):
     assert plan.cost.positions == positions
     # the first layers of all need no gradient of their input, which a plan leaves in
     assert plan.cost.stages["s"].flops == pytest.approx(found, rel=0.03)
+
+
+@pytest.mark.parametrize(("train", "passes"), [(["adapter"], 2), (["adapter", "llm"], 3)])
+def test_a_step_takes_less_by_the_last_feed_forward_part_where_nothing_is_supervised(train, passes):
+    run = run_config(train)
+    whole, positions, answer, _ = counted(run, "what? ", "a word")
+    found, *_ = counted(run, "what? ", "a word", everywhere=False)
+    assert whole - found == passes * 2 * 3 * 96 * 160 * (positions - answer)
 
 
 @pytest.mark.parametrize("train", [["encoders", "adapter"], ["adapter"], ["encoders"]], ids="+".join)

@@ -257,7 +257,12 @@ def _micro_batch(stage: StageConfig) -> int:
 def train_flops(
     stage: StageConfig, llm: LanguageModelSpec, positions: int, answer: int, encode: int, connect: int
 ) -> int:
-    """Forward and backward of one sample: a matrix costs one forward for each of the two gradients that are needed."""
+    """Forward and backward of one sample: a matrix costs one forward for each of the two gradients that are needed.
+
+    By the usual convention every position goes through every block. The last block's feed-forward part is counted at
+    positions that are not supervised too, which nothing reads and a language model may leave out: a spec does not say
+    how much of a block it is.
+    """
     trained = set(stage.train)
     forward = llm.flops(positions, answer)
     matrices = 2 * (llm.matrix_parameters * positions + llm.head_parameters * answer)

@@ -1,6 +1,6 @@
 """The interface of a language model.
 
-Shape letters: B sequences, T positions, E width, V vocabulary.
+Shape letters: B sequences, T positions, S positions that are asked for, E width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -242,6 +242,24 @@ class LanguageModel(PartModule, ABC):
         Called where `packs` says so: no position may see another document's, and positions count from 0 in each.
         """
         raise NotImplementedError(f"{type(self).__name__} takes no packed row")
+
+    def forward_at(
+        self, embeds_BTE: Tensor, places_S: Tensor, mask_BT: Tensor | None = None, documents: Documents | None = None
+    ) -> Tensor:
+        """The hidden states of some positions alone, `[S, E]`: those of `forward`, or of `forward_packed`, there.
+
+        Training asks for those at supervised positions. A subclass may leave out what nothing else needs, such as the
+        last block's feed-forward part elsewhere.
+
+        Args:
+            embeds_BTE: as `forward` takes them, or `forward_packed`.
+            places_S: int64; positions of the batch as one long row, b x T + t, in any order. S may be 0.
+            mask_BT: as `forward` takes it; None with documents.
+            documents: of a packed row, whose B is 1, where the model `packs`; None: each row is one sequence.
+        """
+        hidden_BTE = self(embeds_BTE, mask_BT) if documents is None else self.forward_packed(embeds_BTE, documents)
+        hidden_SE: Tensor = hidden_BTE.flatten(0, 1).index_select(0, places_S)
+        return hidden_SE
 
     @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:

@@ -202,13 +202,17 @@ class VLM(nn.Module):
         """The summed cross-entropy over the supervised positions of a batch, and how many there are.
 
         The sum, not the mean: the trainer divides by the count of the whole optimiser step, so the loss is the same
-        for any micro-batch and any number of workers. Logits are computed at supervised positions only.
+        for any micro-batch and any number of workers. Logits are computed at supervised positions only, and so is what
+        the language model need not compute elsewhere for them.
 
         Returns:
             A float32 scalar and an int64 scalar.
+
+        Raises:
+            ValueError: the batch is packed and the language model does not take documents.
         """
-        hidden_BTE = self.hidden(batch)
-        hidden_SE = hidden_BTE.flatten(0, 1).index_select(0, batch.supervised_S)
+        self._check_packed(batch)
+        hidden_SE = self.llm.forward_at(self.embed(batch), batch.supervised_S, self._mask(batch), batch.documents)
         rows = max(1, LOGITS // self.llm.geometry.vocabulary)
         loss = torch.zeros((), device=hidden_SE.device)
         for hidden_sE, targets_s in zip(torch.split(hidden_SE, rows), torch.split(batch.targets_S, rows), strict=True):
@@ -224,15 +228,20 @@ class VLM(nn.Module):
         Raises:
             ValueError: the batch is packed and the language model does not take documents.
         """
+        self._check_packed(batch)
         embeds_BTE = self.embed(batch)
         if batch.documents is not None:
-            if not self.llm.packs:
-                raise ValueError(f"{type(self.llm).__name__} takes no packed batch; collate with pad='right'")
-            hidden_BTE = self.llm.forward_packed(embeds_BTE, batch.documents)
-        else:
-            # causal: what stands before padding never looks at it
-            hidden_BTE = self.llm(embeds_BTE, batch.mask_BT if batch.padded_left else None)
+            return self.llm.forward_packed(embeds_BTE, batch.documents)
+        hidden_BTE: Tensor = self.llm(embeds_BTE, self._mask(batch))
         return hidden_BTE
+
+    def _check_packed(self, batch: Batch) -> None:
+        if batch.documents is not None and not self.llm.packs:
+            raise ValueError(f"{type(self.llm).__name__} takes no packed batch; collate with pad='right'")
+
+    def _mask(self, batch: Batch) -> Tensor | None:
+        # causal: what stands before padding never looks at it
+        return batch.mask_BT if batch.padded_left else None
 
     def _loss(self, hidden_SE: Tensor, targets_S: Tensor) -> Tensor:
         return F.cross_entropy(self.llm.logits(hidden_SE).float(), targets_S, reduction="sum")

@@ -130,6 +130,67 @@ class PacksWithoutAGradient(PackingLM):
         return super().forward_packed(embeds_1TE, documents)
 
 
+@fault.correct
+class MatrixAtPlaces(RunningMean):
+    """The mean over all positions, and what comes behind it at the asked ones alone."""
+
+    def forward_at(self, embeds_BTE, places_S, mask_BT=None, documents=None):
+        real_BT1 = self.real(embeds_BTE, mask_BT).unsqueeze(-1).to(embeds_BTE.dtype)
+        mean_BTE = (embeds_BTE * real_BT1).cumsum(1) / real_BT1.cumsum(1).clamp(min=1)
+        mean_SE = self.matrix(mean_BTE.flatten(0, 1)[places_S])
+        return embeds_BTE.flatten(0, 1)[places_S] + mean_SE
+
+
+def asked(embeds_BTE, places_S):
+    """True at the places."""
+    asked_BT = torch.zeros(embeds_BTE.shape[:2], dtype=torch.bool)
+    asked_BT.view(-1)[places_S] = True
+    return asked_BT
+
+
+@fault("asked_positions", "forward_at of 5 positions of whole sequences gives other states than forward has there")
+class ReadsAskedPositionsAlone(GoodLM):
+    """Positions that are not asked for are not attended to."""
+
+    def forward_at(self, embeds_BTE, places_S, mask_BT=None, documents=None):
+        positions_BT = self.positions(self.real(embeds_BTE, mask_BT))
+        return self.attend(embeds_BTE, asked(embeds_BTE, places_S), positions_BT)[0].flatten(0, 1)[places_S]
+
+
+@fault("asked_positions", "5 positions of a batch of which one sequence is padded on the left gives other states")
+class AskedWithoutAMask(GoodLM):
+    """Padding is seen where positions are asked for."""
+
+    def forward_at(self, embeds_BTE, places_S, mask_BT=None, documents=None):
+        return super().forward_at(embeds_BTE, places_S, None, documents)
+
+
+@fault("asked_positions", "5 positions of a packed row gives other states")
+class AskedAcrossDocuments(PackingLM):
+    """Documents are one where positions are asked for."""
+
+    def forward_at(self, embeds_BTE, places_S, mask_BT=None, documents=None):
+        return super().forward_at(embeds_BTE, places_S, mask_BT)
+
+
+@fault("asked_positions", "gives the embeddings another gradient than forward")
+class LearnsFromAskedEmbeddings(RunningMean):
+    """What other positions give to an asked one is detached."""
+
+    def forward_at(self, embeds_BTE, places_S, mask_BT=None, documents=None):
+        kept_BTE = torch.where(asked(embeds_BTE, places_S).unsqueeze(-1), embeds_BTE, embeds_BTE.detach())
+        return super().forward_at(kept_BTE, places_S, mask_BT, documents)
+
+
+@fault("asked_positions", "forward_at of 0 positions .* raised RuntimeError")
+class WantsSomethingAsked(GoodLM):
+    """Cannot take a batch that supervises nothing."""
+
+    def forward_at(self, embeds_BTE, places_S, mask_BT=None, documents=None):
+        hidden_SE = super().forward_at(embeds_BTE, places_S, mask_BT, documents)
+        return torch.stack(list(hidden_SE))
+
+
 @fault("padding", "each row has a mask and positions of its own")
 class OneMaskForAll(GoodLM):
     """The first row's mask serves all rows."""

@@ -19,6 +19,7 @@ from chiasm.testing.model_checks import model_check
 from chiasm.testing.module_checks import module_checks
 from chiasm.testing.packing_checks import PACKING_CHECKS
 from chiasm.testing.plugin_checks import light
+from chiasm.testing.position_checks import POSITION_CHECKS
 from chiasm.testing.probe import Inputs, Probe, check_close
 from chiasm.testing.sequence_checks import check_input_gradient
 from chiasm.testing.spec_checks import MOST_PARAMETERS, accepted, cheap_spec, check_options
@@ -332,6 +333,7 @@ CHECKS: tuple[Check, ...] = (
     *GENERATION_CHECKS,
     *EXECUTION_CHECKS,
     *PACKING_CHECKS,
+    *POSITION_CHECKS,
     missing_checkpoint,
     *module_checks(_probe),
     model_check("llm", _model),

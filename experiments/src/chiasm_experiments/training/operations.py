@@ -62,7 +62,8 @@ def device_peak(device: torch.device, dtype: torch.dtype) -> float | None:
 class ModelOperations:
     """Operations that one stage needs for samples, forward and backward, whatever is computed beyond them.
 
-    Work that a cache saves, padding, and what activation checkpointing computes again are no part of them.
+    Work that a cache saves, padding, and what activation checkpointing computes again are no part of them. The last
+    block's feed-forward part is, at every position, as `train_flops` says.
     """
 
     def __init__(self, vlm: VLM, run: RunConfig, stage: StageConfig) -> None:

@@ -1,6 +1,6 @@
 """Any causal language model of transformers: Llama, Qwen, Mistral, Phi, GPT-2 and their kin.
 
-Shape letters: B sequences, T positions, E width, V vocabulary.
+Shape letters: B sequences, T positions, S positions that are asked for, E width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from chiasm.llm import LanguageModel, LanguageModelConfig, LanguageModelSpec, Me
 from chiasm_llms.byte_tokenizer import BYTE_VOCABULARY, byte_tokenizer
 from chiasm_llms.checkpoint import has_chat_template, load_tokenizer, load_weights, read_config
 from chiasm_llms.geometry import geometry, random_weights
+from chiasm_llms.last_block import offer_places
 from chiasm_llms.lora import add_lora
 from chiasm_llms.memory import activation_bytes
 from chiasm_llms.packing import decode_packed, decode_unmasked, decodes_unmasked, offer_packing
@@ -70,6 +71,9 @@ class CausalLM(LanguageModel):
         self._learned = learned
         self._packs = offer_packing(model)
         self._unmasked = self._packs and decodes_unmasked(model)
+        # a subclass that computes hidden states by itself is asked for them
+        own = type(self).forward is CausalLM.forward and type(self).forward_packed is CausalLM.forward_packed
+        self._takes_places = own and offer_places(model, CausalLM.block_modules(self), packs=self._packs)
         self._compiled = False
         # a checkpoint's temperature, penalties and lengths would leak into generate()
         self.model.generation_config = GenerationConfig()
@@ -261,12 +265,30 @@ class CausalLM(LanguageModel):
         return decode_packed(self.model.get_decoder(), embeds_1TE, documents)
 
     def forward(self, embeds_BTE: Tensor, mask_BT: Tensor | None = None, positions_BT: Tensor | None = None) -> Tensor:
+        return self._decode(embeds_BTE, mask_BT, positions_BT)
+
+    def forward_at(
+        self, embeds_BTE: Tensor, places_S: Tensor, mask_BT: Tensor | None = None, documents: Documents | None = None
+    ) -> Tensor:
+        """As the interface says; of Llama's kin the last block's feed-forward part works at these positions alone."""
+        if not self._takes_places:
+            return super().forward_at(embeds_BTE, places_S, mask_BT, documents)
+        if self._compiled:
+            # else the last block would be compiled for one number of positions first, which the next batch has not
+            torch._dynamo.maybe_mark_dynamic(places_S, 0)
+        if documents is None:
+            hidden_1SE = self._decode(embeds_BTE, mask_BT, None, places=places_S)
+        else:
+            hidden_1SE = decode_packed(self.model.get_decoder(), embeds_BTE, documents, places=places_S)
+        return hidden_1SE.squeeze(0)
+
+    def _decode(self, embeds_BTE: Tensor, mask_BT: Tensor | None, positions_BT: Tensor | None, **kwargs: Any) -> Tensor:
         if positions_BT is None and mask_BT is not None and not _padded_on_the_right(mask_BT):
             positions_BT = (mask_BT.long().cumsum(-1) - 1).clamp(min=0)
         elif positions_BT is None:
             # causal attention never looks at padding behind it, and without a mask the faster kernels apply
             if self._unmasked:
-                return decode_unmasked(self.model.get_decoder(), embeds_BTE)
+                return decode_unmasked(self.model.get_decoder(), embeds_BTE, **kwargs)
             mask_BT = None
         elif mask_BT is None:
             # without a mask transformers takes positions that start again for packed documents
@@ -276,6 +298,7 @@ class CausalLM(LanguageModel):
             attention_mask=None if mask_BT is None else mask_BT.long(),
             position_ids=positions_BT,
             use_cache=False,
+            **kwargs,
         )
         hidden_BTE: Tensor = output.last_hidden_state
         return hidden_BTE

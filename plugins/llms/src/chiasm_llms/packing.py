@@ -120,22 +120,18 @@ def _window_mask(length: int, window: int | None, device: torch.device) -> Tenso
 @torch.no_grad()
 def _separates(model: PreTrainedModel) -> bool:
     """Whether two documents in one row have the hidden states that each has alone."""
-    decoder, table = model.get_decoder(), model.get_input_embeddings().weight
-    rows = torch.randperm(len(table), generator=torch.Generator().manual_seed(0), device="cpu")[:6]
-    embeds_1TE = table[rows.to(table.device)].unsqueeze(0)
+    decoder, embeds_1TE = model.get_decoder(), short_row(model)
     training = model.training
     model.eval()
     try:
         first, second = (
-            decoder(inputs_embeds=part, use_cache=False).last_hidden_state for part in embeds_1TE.split([2, 4], dim=1)
+            decoder(inputs_embeds=part, use_cache=False).last_hidden_state
+            for part in torch.split(embeds_1TE, [2, 4], dim=1)
         )
         together = decode_packed(decoder, embeds_1TE, Documents.of([2, 4]).to(embeds_1TE.device))
     finally:
         model.train(training)
-    alone = torch.cat([first, second], dim=1)
-    scale = max(1.0, alone.abs().max().item())
-    loose = 1e-4 if alone.dtype == torch.float32 else 0.05
-    return bool((together - alone).abs().max().item() <= loose * scale)
+    return agree(together, torch.cat([first, second], dim=1))
 
 
 @torch.no_grad()
@@ -144,9 +140,7 @@ def decodes_unmasked(model: PreTrainedModel) -> bool:
     kinds = getattr(model.config, "layer_types", None) or ()
     if not set(kinds) <= {"full_attention", "sliding_attention"}:  # others are no windows, and a short row hides them
         return False
-    decoder, table = model.get_decoder(), model.get_input_embeddings().weight
-    rows = torch.randperm(len(table), generator=torch.Generator().manual_seed(0), device="cpu")[:6]
-    embeds_BTE = table[rows.to(table.device)].view(2, 3, -1)
+    decoder, embeds_BTE = model.get_decoder(), short_row(model).view(2, 3, -1)
     training = model.training
     model.eval()
     try:
@@ -156,23 +150,39 @@ def decodes_unmasked(model: PreTrainedModel) -> bool:
         return False
     finally:
         model.train(training)
+    return agree(found, wanted)
+
+
+def short_row(model: PreTrainedModel) -> Tensor:
+    """Six different embeddings of a model to try it on, `[1, 6, E]`; the same each time."""
+    table = model.get_input_embeddings().weight
+    rows = torch.randperm(len(table), generator=torch.Generator().manual_seed(0), device="cpu")[:6]
+    row_1TE: Tensor = table[rows.to(table.device)].unsqueeze(0)
+    return row_1TE
+
+
+def agree(found: Tensor, wanted: Tensor) -> bool:
+    """Whether hidden states are of one shape, and equal to rounding."""
+    if found.shape != wanted.shape:
+        return False
     scale = max(1.0, wanted.abs().max().item())
     loose = 1e-4 if wanted.dtype == torch.float32 else 0.05
     return bool((found - wanted).abs().max().item() <= loose * scale)
 
 
-def decode_packed(decoder: nn.Module, embeds_1TE: Tensor, documents: Documents) -> Tensor:
-    """The hidden states `[1, T, E]` of a packed row."""
-    return _decode(decoder, embeds_1TE, documents.positions_1T, documents=documents)
+def decode_packed(decoder: nn.Module, embeds_1TE: Tensor, documents: Documents, **kwargs: Any) -> Tensor:
+    """The hidden states `[1, T, E]` of a packed row; the decoder takes further arguments by name."""
+    return _decode(decoder, embeds_1TE, documents.positions_1T, documents=documents, **kwargs)
 
 
-def decode_unmasked(decoder: nn.Module, embeds_BTE: Tensor) -> Tensor:
-    """The hidden states `[B, T, E]` of rows that all begin with their first position.
+def decode_unmasked(decoder: nn.Module, embeds_BTE: Tensor, **kwargs: Any) -> Tensor:
+    """The hidden states `[B, T, E]` of rows that all begin with their first position, likewise.
 
     Without any mask transformers looks whether positions start again somewhere, and a GPU has to do all that it was
     given before it can answer.
     """
-    return _decode(decoder, embeds_BTE, torch.arange(embeds_BTE.shape[1], device=embeds_BTE.device).unsqueeze(0))
+    positions_1T = torch.arange(embeds_BTE.shape[1], device=embeds_BTE.device).unsqueeze(0)
+    return _decode(decoder, embeds_BTE, positions_1T, **kwargs)
 
 
 def _decode(decoder: nn.Module, embeds_BTE: Tensor, positions_1T: Tensor, **kwargs: Any) -> Tensor:
