@@ -47,7 +47,7 @@ Point = dict[str, float]
 
 def model(run: RunConfig, scale: Scale) -> VLM:
     vlm = make_model(run)
-    compile_model(vlm, "off" if scale.tiny else "on", DEVICE, 1, live=True)
+    compile_model(vlm, "off" if scale.tiny else "on", DEVICE, live=True)
     return vlm
 
 

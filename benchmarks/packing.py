@@ -47,7 +47,7 @@ def main(scale: Scale) -> None:
     choice = "off" if scale.tiny else "on"
     run = make_run("135m", size, scale)
     vlm = make_model(run)
-    compile_model(vlm, choice, DEVICE, 1, live=False)
+    compile_model(vlm, choice, DEVICE, live=False)
     every = [batch_of_prompts(vlm, scale, size, seed) for seed in range(count)]
     supervised = sum(item.supervised for prompts in every for item in prompts) / count
     positions = sum(len(item) for prompts in every for item in prompts) / count
@@ -63,7 +63,7 @@ def main(scale: Scale) -> None:
         }
         del batches
         free()
-        compile_model(vlm, choice, DEVICE, 1, live=False)
+        compile_model(vlm, choice, DEVICE, live=False)
     ratio = figures["packed"]["supervised_tokens_per_second"] / figures["padded"]["supervised_tokens_per_second"]
     write_result(
         "packing",

@@ -40,7 +40,7 @@ from chiasm_experiments.training.compiling import compile_model
 def measure_ours(run: RunConfig, batch: int, scale: Scale) -> tuple[dict[str, float], dict[str, float]]:
     """With images encoded in every step, and with their features given."""
     vlm = make_model(run)
-    compile_model(vlm, "off" if scale.tiny else "on", DEVICE, 1, live=True)
+    compile_model(vlm, "off" if scale.tiny else "on", DEVICE, live=True)
     generator = torch.Generator().manual_seed(0)
     prompts = [prompt(vlm, scale.visual, generator) for _ in range(batch)]
     live, known = (

@@ -133,7 +133,7 @@ def _train(run: RunConfig, strategy: str, workers: Workers, loaders: int, *, ful
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    compile_model(vlm, "on" if cuda and not full else "off", workers.device, STEPS, live=True)
+    compile_model(vlm, "on" if cuda and not full else "off", workers.device, live=True)
     feed = make_feed(vlm, run)
     found: dict[str, Any] = {"stages": {}}
     for index, stage in enumerate(run.stages):

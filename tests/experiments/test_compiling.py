@@ -5,19 +5,24 @@ from __future__ import annotations
 import json
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from chiasm.build import build_vlm
 from chiasm.config import RunConfig
 from chiasm.errors import ConfigError
 from chiasm_encoders.clip import ClipEncoder
 from chiasm_encoders.timm_model import TimmEncoder
-from chiasm_experiments.training.compiling import ENOUGH_STEPS, compile_model, repeated_blocks
+from chiasm_experiments.data.mixture import load_mixture
+from chiasm_experiments.training.compiling import BLOCK_SECONDS, compile_model, repeated_blocks, uncompiled_seconds
 from chiasm_experiments.training.execution import Execution
 from chiasm_experiments.training.local import run_here
+from chiasm_experiments.training.operations import ModelOperations
 from chiasm_experiments.training.packing import WASTE, Packing
-from chiasm_experiments.training.run import Job
+from chiasm_experiments.training.run import Job, make_feed
+from chiasm_experiments.training.stage import check_stage
 from chiasm_llms.causal import CausalLM
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -43,20 +48,53 @@ def test_repeated_blocks_are_those_of_the_tower():
     assert len(list(repeated_blocks(TimmEncoder.tiny()))) >= 2
 
 
+def test_blocks_of_different_shapes_are_not_compiled_one_by_one():
+    """Each would be compiled anew, which took two minutes of an EfficientNet."""
+    network = timm.create_model("efficientnet_lite0", pretrained=False)
+    assert list(repeated_blocks(network)) == []
+    alike = nn.Sequential(nn.Sequential(*[nn.Linear(4, 4) for _ in range(3)]), nn.Linear(4, 4))
+    assert list(repeated_blocks(alike)) == list(alike[0])
+
+
+def test_a_run_takes_as_long_as_its_operations_or_as_the_host_needs_to_start_them(monkeypatch):
+    shape = {"image_size": 28, "patch_size": 14, "width": 16, "depth": 2, "heads": 2, "mlp_width": 16}
+    llm = {"width": 32, "depth": 2, "heads": 2, "kv_heads": 1, "mlp_width": 32, "context_length": 512}
+    data = {"name": "world", "task": "captions", "size": 8, "image_size": 96, "skills": ["colour"]}
+    stages = [
+        {"name": name, "data": data, "train": ["adapter"], "lr": 1e-3, "batch_size": size, "steps": 1}
+        for name, size in (("small", 4), ("large", 8))
+    ]
+    vision = {"encoders": [{"name": "clip", "shape": shape}], "adapter": "mlp"}
+    run = RunConfig.model_validate({"vision": vision, "llm": {"name": "causal", "shape": llm}, "stages": stages})
+    vlm = build_vlm(run)
+    feed = make_feed(vlm, run)
+    some = {stage.name: check_stage(stage, feed, load_mixture(stage.data)) for stage in run.stages}
+    assert [len(examples) for examples in some.values()] == [4, 4]
+    steps = {"small": 300, "large": 20}
+    least = uncompiled_seconds(vlm, run, some, steps, CPU)
+    assert least == pytest.approx(320 * 2 * BLOCK_SECONDS)
+    # a device so slow that operations are all that counts
+    monkeypatch.setattr("chiasm_experiments.training.compiling.UNKNOWN_PEAK", 1e6)
+    needed = [ModelOperations(vlm, run, stage)(some[stage.name]) / 4 for stage in run.stages]
+    wanted = (300 * 4 * needed[0] + 20 * 8 * needed[1]) / (0.3 * 1e6)
+    assert uncompiled_seconds(vlm, run, some, steps, CPU) == pytest.approx(wanted)
+    assert uncompiled_seconds(vlm, run, some, steps, CPU, workers=2) == pytest.approx(wanted / 2)
+
+
 @pytest.mark.parametrize(
-    ("choice", "device", "steps", "live", "parts"),
+    ("choice", "device", "seconds", "live", "parts"),
     [
         ("off", GPU, 10**6, True, []),
         ("auto", CPU, 10**6, True, []),
-        ("auto", GPU, ENOUGH_STEPS - 1, True, []),
-        ("auto", GPU, ENOUGH_STEPS, True, ["llm", "encoders"]),
-        ("auto", GPU, ENOUGH_STEPS, False, ["llm"]),
-        ("on", CPU, 1, False, ["llm"]),
+        ("auto", GPU, 39.0, True, []),
+        ("auto", GPU, 40.0, True, ["llm", "encoders"]),
+        ("auto", GPU, 40.0, False, ["llm"]),
+        ("on", CPU, 0.0, False, ["llm"]),
     ],
 )
-def test_what_is_compiled(choice, device, steps, live, parts):
+def test_what_is_compiled(choice, device, seconds, live, parts):
     model = Model()
-    told = compile_model(model, choice, device, steps, live=live)
+    told = compile_model(model, choice, device, live=live, seconds=seconds, enough=40.0)
     assert told["compiled"] == parts
     assert compiled(model.llm) == (len(model.llm.block_modules()) if "llm" in parts else 0)
     depth = model.encoders[0].geometry.depth

@@ -36,7 +36,8 @@ class Execution(Settings):
     """The samples of a forward pass as one row without padding, none of which sees another. auto: where the language
     model offers it, on a GPU."""
     compile: Choice = "auto"
-    """The language model by `torch.compile`. auto: on a GPU, for stages long enough to earn it back."""
+    """The language model, and encoders without kept features, by `torch.compile`. auto: on a GPU, where the run is long
+    enough to earn it back."""
     activation_checkpointing: Choice = "auto"
     """Blocks of the language model computed again in the backward pass. auto: where memory would not hold them."""
     stages_folder: FilePath | None = None

@@ -26,7 +26,12 @@ from chiasm_experiments.training import environment
 from chiasm_experiments.training.cache import WarmParts, content_identity
 from chiasm_experiments.training.caching import CacheDecision, decide
 from chiasm_experiments.training.choice import choose
-from chiasm_experiments.training.compiling import compile_model
+from chiasm_experiments.training.compiling import (
+    ENOUGH_IN_A_STUDY,
+    ENOUGH_SECONDS,
+    compile_model,
+    uncompiled_seconds,
+)
 from chiasm_experiments.training.execution import Execution
 from chiasm_experiments.training.files import (
     MANIFEST,
@@ -136,9 +141,15 @@ def _execute(
     feed = make_feed(vlm, run, warm.memo if loaders == 0 and cache.allowed else None, cache.store, cache.share)
     kept = any(features.memo is not None or features.shelf is not None for features in feed.features)
     steps = _steps(run, mixtures)
-    compiled = compile_model(vlm, job.execution.compile, workers.device, sum(steps.values()), live=not kept)
-    for stage, mixture in zip(run.stages, mixtures, strict=True):
-        check_stage(stage, feed, mixture)
+    some = {stage.name: check_stage(stage, feed, mixture) for stage, mixture in zip(run.stages, mixtures, strict=True)}
+    compiled = compile_model(
+        vlm,
+        job.execution.compile,
+        workers.device,
+        live=not kept,
+        seconds=uncompiled_seconds(vlm, run, some, steps, workers.device, workers.size),
+        enough=ENOUGH_IN_A_STUDY if in_study else ENOUGH_SECONDS,
+    )
     benchmarks = load_benchmarks(run.evaluate)
     manifest = _begin(job, run, vlm, workers, {"name": strategy.name, "why": why}, cache, steps, guide.began)
     manifest["compiled"] = compiled

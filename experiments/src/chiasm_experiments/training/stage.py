@@ -12,7 +12,7 @@ import torch
 from chiasm.config import RunConfig, StageConfig
 from chiasm.errors import ChiasmError
 from chiasm.vlm import VLM
-from chiasm_experiments.data.feed import Feed
+from chiasm_experiments.data.feed import Example, Feed
 from chiasm_experiments.data.loader import load_steps
 from chiasm_experiments.data.mixture import Mixture
 from chiasm_experiments.data.order import Order
@@ -215,12 +215,12 @@ def train_stage(
     )
 
 
-def check_stage(stage: StageConfig, feed: Feed, samples: Mixture, probe: int = 4) -> None:
-    """Makes a few samples ready, so that data that cannot be used fails before any training.
+def check_stage(stage: StageConfig, feed: Feed, samples: Mixture, probe: int = 4) -> list[Example]:
+    """Makes a few samples ready, so that data that cannot be used fails before any training; gives those.
 
     Raises:
         DataError: a sample cannot be used; the message names it.
     """
     last = len(samples) - 1
-    for index in sorted({round(i * last / max(1, probe - 1)) for i in range(probe)}):
-        feed.train(samples[index])
+    places = sorted({round(i * last / max(1, probe - 1)) for i in range(probe)})
+    return [feed.train(samples[place]) for place in places]
