@@ -119,13 +119,13 @@ class Replay:
     def free(self) -> int:
         return int(self.name is None)
 
-    def takes(self, key: str) -> float:
+    def takes(self, key: Any) -> float:
         return 1.0
 
     def warm(self) -> frozenset[str]:
         return frozenset()
 
-    def submit(self, job: Any, key: str) -> None:
+    def submit(self, job: Any, key: Any) -> None:
         self.name, self.rungs, self.rung, self.pruned = job.labels["trial"], tuple(job.rungs), 0, False
         self.row = table().by_trial[Table.key(job.labels["cell"]), job.labels["seed"]]
 

@@ -74,7 +74,8 @@ def gaps(manifests: list[dict[str, Any]]) -> list[float]:
 def in_turn(pool: Any, folder: Path, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The manifests of runs that a pool of one slot executes one after the other."""
     from chiasm.config import RunConfig
-    from chiasm_experiments.study.executor import warm_key
+    from chiasm.plan import plan_run
+    from chiasm_experiments.study.keys import make_key
     from chiasm_experiments.training.run import Job
 
     manifests = []
@@ -83,7 +84,7 @@ def in_turn(pool: Any, folder: Path, runs: list[dict[str, Any]]) -> list[dict[st
         own = folder / str(place)
         own.mkdir(parents=True)
         labels = {"trial": own.name, "study": "overhead", "cell": {}}
-        pool.submit(Job(run.model_dump(mode="json"), str(own), labels, pool.execution), warm_key(run))
+        pool.submit(Job(run.model_dump(mode="json"), str(own), labels, pool.execution), make_key(run, plan_run(run)))
         while not (events := pool.events(10)):
             pass
         (ended,) = events

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from chiasm.batch import collate, in_one_piece
+from chiasm.batch import collate, in_one_piece, row_length
 from chiasm.config import PARTS, TokensConfig
 from chiasm.features import Features
 from chiasm.prompt import IGNORE, Position, PromptBuilder
@@ -82,6 +82,29 @@ def test_padding_and_neighbours_change_nothing(make_vlm, pad):
     for b, (sample, images) in enumerate([(IMAGE, pixels[:1]), (TEXT, None), (TWO, pixels[1:])]):
         alone = collate(prompts(vlm, sample), [] if images is None else [images])
         torch.testing.assert_close(logits[b][together.mask_BT[b]], vlm.logits(alone)[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("pad", ["left", "right"])
+def test_longer_rows_change_nothing_and_shorter_ones_are_refused(make_vlm, pad):
+    vlm = make_vlm()
+    given, pixels = prompts(vlm, IMAGE, TEXT, TWO), torch.randn(3, 3, 8, 8)
+    least = collate(given, [pixels], pad=pad)
+    longest = least.ids_BT.shape[1]
+    longer = collate(given, [pixels], pad=pad, length=longest + 5)
+    assert longer.ids_BT.shape == (3, longest + 5)
+    for mine, other in zip(vlm(least), vlm(longer), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(vlm.logits(longer)[longer.mask_BT], vlm.logits(least)[least.mask_BT], rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match=f"{longest} positions does not fit into a row of {longest - 1}"):
+        collate(given, [pixels], pad=pad, length=longest - 1)
+
+
+@pytest.mark.parametrize(
+    ("longest", "context", "length"),
+    [(1, 2048, 64), (64, 2048, 64), (65, 2048, 128), (1000, 1010, 1010), (1010, 1010, 1010), (640, 2048, 640)],
+)
+def test_rows_for_a_gpu_have_few_lengths(longest, context, length):
+    assert row_length(longest, context) == length
 
 
 def test_each_encoder_sees_its_own_pixels_and_stands_in_its_own_place(make_vlm):

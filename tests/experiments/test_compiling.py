@@ -16,7 +16,13 @@ from chiasm.errors import ConfigError
 from chiasm_encoders.clip import ClipEncoder
 from chiasm_encoders.timm_model import TimmEncoder
 from chiasm_experiments.data.mixture import load_mixture
-from chiasm_experiments.training.compiling import BLOCK_SECONDS, compile_model, repeated_blocks, uncompiled_seconds
+from chiasm_experiments.training.compiling import (
+    BLOCK_SECONDS,
+    choose_attention,
+    compile_model,
+    repeated_blocks,
+    uncompiled_seconds,
+)
 from chiasm_experiments.training.execution import Execution
 from chiasm_experiments.training.local import run_here
 from chiasm_experiments.training.operations import ModelOperations
@@ -54,6 +60,18 @@ def test_blocks_of_different_shapes_are_not_compiled_one_by_one():
     assert list(repeated_blocks(network)) == []
     alike = nn.Sequential(nn.Sequential(*[nn.Linear(4, 4) for _ in range(3)]), nn.Linear(4, 4))
     assert list(repeated_blocks(alike)) == list(alike[0])
+
+
+def test_attention_that_is_made_ready_for_each_shape_is_for_long_runs():
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        for long in (False, True):
+            choose_attention(GPU, long=long)
+            assert torch.backends.cuda.cudnn_sdp_enabled() == long
+            choose_attention(CPU, long=not long)
+            assert torch.backends.cuda.cudnn_sdp_enabled() == long
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def test_a_run_takes_as_long_as_its_operations_or_as_the_host_needs_to_start_them(monkeypatch):

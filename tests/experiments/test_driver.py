@@ -358,7 +358,7 @@ def test_a_trial_whose_parts_are_loaded_comes_first(bench):
     assert keys[0] == keys[1] != keys[2] == keys[3]
 
     def warm(pool):
-        pool.warm_keys = frozenset(keys[3:])
+        pool.warm_keys = frozenset(key.parts for key in keys[3:])
 
     bench.sweep(Options(fresh=True), on_event=warm)
     assert bench.pool.started == [in_order[0], *in_order[2:], in_order[1]]

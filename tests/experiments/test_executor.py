@@ -16,7 +16,9 @@ from ray.util.placement_group import placement_group, placement_group_table
 
 from chiasm.config import RunConfig
 from chiasm.errors import ConfigError
-from chiasm_experiments.study.executor import Ended, Pool, Reported, warm_key
+from chiasm.plan import plan_run
+from chiasm_experiments.study.executor import Ended, Pool, Reported
+from chiasm_experiments.study.keys import Key, load_key, make_key, warm_key
 from chiasm_experiments.study.leftovers import NAMESPACE, Traces
 from chiasm_experiments.study.places import Result
 from chiasm_experiments.study.settings import Resources
@@ -69,9 +71,14 @@ def job(tmp_path):
     return make
 
 
+def key_of(job) -> Key:
+    run = RunConfig.model_validate(job.run)
+    return make_key(run, plan_run(run))
+
+
 def submit(pool, *jobs):
     for item in jobs:
-        pool.submit(item, warm_key(RunConfig.model_validate(item.run)))
+        pool.submit(item, key_of(item))
 
 
 def wait(pool, count, seconds=90.0) -> list[Ended | Reported]:
@@ -108,11 +115,11 @@ def test_actors_are_reused_and_a_trial_goes_where_its_parts_are(pool, job):
     ended = {event.trial: event for event in wait(two, 2)}
     assert {event.status for event in ended.values()} == {"complete"}
     assert ended["wide"].manifest == json.loads((Path(wide.folder) / "manifest.json").read_text())
-    wide_key, narrow_key = (warm_key(RunConfig.model_validate(item.run)) for item in (wide, narrow))
+    wide_key, narrow_key = (key_of(item).parts for item in (wide, narrow))
     assert two.warm() == {wide_key, narrow_key}
     assert wide_key != narrow_key
     started = actors()
-    held = {place.key: place.actor for place in two.idle}
+    held = {place.parts: place.actor for place in two.idle}
     # the one that holds its parts, though the other was idle for longer
     submit(two, job("wide again", width=64, lr=1e-2))
     assert two.running["wide again"].place.actor is held[wide_key]
@@ -213,7 +220,7 @@ def test_limits_end_what_hangs_and_what_takes_too_long(pool, job):
     # after an error that nobody foresaw the process is not used again
     broken = job("broken")
     broken.run["stages"][0]["lr"] = "fast"
-    one.submit(broken, "any")
+    one.submit(broken, Key("any", "any"))
     (failed,) = wait(one, 1)
     assert (failed.trial, failed.status) == ("broken", "failed")
     assert "ValidationError" in failed.error
@@ -301,8 +308,31 @@ def test_runs_share_a_key_where_their_frozen_parts_are_the_same(job):
     ]
     assert len(set(different)) == len(different)
     pretrained = {"name": "causal", "pretrained": "some/model"}
+    assert warm_key(RunConfig.model_validate(RUN)) == key()
     blind = {"vision": {"encoders": [{"name": "clip", "pretrained": "some/clip"}]}}
     assert key(llm=pretrained, **blind) == key(llm=pretrained, **blind, seed=1)
+
+
+def test_runs_share_a_load_where_models_tokens_and_training_are_of_one_size():
+    def load(**change):
+        run = RunConfig.model_validate(RUN | change)
+        return load_key(run, plan_run(run))
+
+    stage = RUN["stages"][0]
+    assert load() == load(seed=1) == load(stages=[stage | {"lr": 1.0, "steps": 9}]) == load(evaluate=[])
+    clip = {"name": "clip", "shape": {"image_size": 28, "patch_size": 14, "width": 8, "depth": 1, "heads": 1}
+            | {"mlp_width": 8}}  # fmt: skip
+    different = [
+        load(),
+        load(precision="bfloat16"),
+        # no language model that learns is part of what is warm, and its size counts all the same
+        load(llm=RUN["llm"] | {"shape": SHAPE | {"depth": 2}}, stages=[stage | {"train": ["llm"]}]),
+        load(stages=[stage | {"train": ["llm"]}]),
+        load(stages=[stage | {"batch_size": 4}]),
+        load(vision={"encoders": [clip], "adapter": "mlp"}),
+        load(vision={"encoders": [{"name": "blind", "grid": [2, 2]}], "adapter": "mlp"}),
+    ]
+    assert len(set(different)) == len(different)
 
 
 @pytest.mark.parametrize(
@@ -375,8 +405,8 @@ def test_several_trials_share_a_gpu_once_one_was_measured(cluster, monkeypatch):
     monkeypatch.setattr(pool, "_new", Actor)
     monkeypatch.setattr(ray, "kill", killed.append)
 
-    def submit(name, key):
-        pool.submit(Job({}, "", {"trial": name}), key)
+    def submit(name, load, parts="any"):
+        pool.submit(Job({}, "", {"trial": name}), Key(parts, load))
 
     assert (pool.size, pool.free) == (1, 1)
     submit("a1", "a")
@@ -389,7 +419,7 @@ def test_several_trials_share_a_gpu_once_one_was_measured(cluster, monkeypatch):
     assert (made, len(killed)) == ([1.0, 0.3333], 1)
     assert (pool.size, pool.free) == (3, 2)
     submit("a3", "a")
-    submit("a4", "a")
+    submit("a4", "a", "others of one size")
     assert made == [1.0, *[0.3333] * 3]
     assert pool.free == 0
     submit("b1", "b")  # not measured: it needs the whole

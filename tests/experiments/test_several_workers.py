@@ -14,7 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from chiasm.config import RunConfig
-from chiasm_experiments.study.executor import Pool, warm_key
+from chiasm.plan import plan_run
+from chiasm_experiments.study.executor import Pool
+from chiasm_experiments.study.keys import make_key
 from chiasm_experiments.study.settings import Resources
 from chiasm_experiments.training.local import run_here
 from chiasm_experiments.training.run import Job
@@ -46,7 +48,7 @@ def start(folder: Path, workers: int) -> Pool:
     pool = Pool(resources, lambda line: None, "several")
     run = RunConfig.model_validate(RUN)
     labels = {"trial": "t", "study": "several", "cell": {}}
-    pool.submit(Job(run.model_dump(mode="json"), str(folder), labels, pool.execution), warm_key(run))
+    pool.submit(Job(run.model_dump(mode="json"), str(folder), labels, pool.execution), make_key(run, plan_run(run)))
     return pool
 
 

@@ -22,7 +22,18 @@ from chiasm.prompt import IGNORE, Position, Prompt, Row
 Padding = Literal["left", "right", "packed"]
 
 ROW_MULTIPLE = 64
-"""Packed rows end on a multiple of it, which matrix products on a GPU want."""
+"""Rows for a GPU end on a multiple of it: packed ones for its matrix products, padded ones so that there are few
+lengths, for each of which kernels are chosen anew."""
+
+
+def row_length(longest: int, context: int) -> int:
+    """Positions of the padded rows for a GPU: a multiple of `ROW_MULTIPLE` where the context has room for it.
+
+    Args:
+        longest: positions of the longest sequence.
+        context: that the language model has room for.
+    """
+    return max(longest, min(-(-longest // ROW_MULTIPLE) * ROW_MULTIPLE, context))
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,12 +137,25 @@ def in_one_piece(tensors: Sequence[Tensor], *, pin: bool) -> Tensor:
 
 
 def collate(
-    prompts: Sequence[Prompt | Row], vision: Sequence[Tensor | Features] = (), *, pad: Padding = "right"
+    prompts: Sequence[Prompt | Row],
+    vision: Sequence[Tensor | Features] = (),
+    *,
+    pad: Padding = "right",
+    length: int | None = None,
 ) -> Batch:
-    """Prompts as one batch: padded to the longest, on the right to train and on the left to generate; or packed.
+    """Prompts as one batch: padded to one length, on the right to train and on the left to generate; or packed.
 
     A packed batch is one row of all prompts, without padding but for the last few positions of the row. Only a language
     model that `packs` takes it.
+
+    Args:
+        prompts: at least one.
+        vision: for each encoder pixels or features of all their images.
+        pad: on which side, or not at all.
+        length: of the padded rows; None: that of the longest prompt.
+
+    Raises:
+        ValueError: a prompt is longer.
     """
     rows = [prompt.row() if isinstance(prompt, Prompt) else prompt for prompt in prompts]
     lengths, documents = [len(row) for row in rows], None
@@ -142,7 +166,9 @@ def collate(
         places = [(0, start) for start in accumulate(lengths[:-1], initial=0)]
         size = (1, total + filling)
     else:
-        longest = max(lengths)
+        longest = max(lengths) if length is None else length
+        if max(lengths) > longest:
+            raise ValueError(f"a prompt of {max(lengths)} positions does not fit into a row of {longest}")
         places = [(i, longest - length if pad == "left" else 0) for i, length in enumerate(lengths)]
         size = (len(rows), longest)
     values_3BT = np.empty((3, *size), dtype=np.int64)

@@ -15,7 +15,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from chiasm.batch import Batch, Padding, collate
+from chiasm.batch import Batch, Padding, collate, row_length
 from chiasm.encoder import Encoder
 from chiasm.errors import ChiasmError
 from chiasm.features import Features
@@ -142,8 +142,12 @@ class Feed:
                     rows[key] = replace(span, whole_ILND=there[id(whole_ILND)][1])
 
     def batch(self, examples: Sequence[Example], device: torch.device, *, pad: Padding = "right") -> Batch:
-        """Examples as one batch on the device, padded or packed as `collate` says."""
-        return collate([example.prompt for example in examples], self.vision(examples, device), pad=pad).to(device)
+        """Examples as one batch on the device, padded or packed as `collate` says; rows that are padded on the
+        right for a GPU have one of few lengths."""
+        prompts, length = [example.prompt for example in examples], None
+        if device.type == "cuda" and pad == "right":
+            length = row_length(max(map(len, prompts)), self.vlm.llm.geometry.context_length)
+        return collate(prompts, self.vision(examples, device), pad=pad, length=length).to(device)
 
     def vision(self, examples: Sequence[Example], device: torch.device) -> list[Tensor | Features]:
         """For each encoder the pixels or the features of all images of the examples, on the device."""

@@ -16,6 +16,7 @@ from chiasm_experiments.study.budget import exceeded
 from chiasm_experiments.study.cells import Trial
 from chiasm_experiments.study.folder import STAGES, TRIALS
 from chiasm_experiments.study.judge import Judge
+from chiasm_experiments.study.keys import Key, make_key
 from chiasm_experiments.study.objective import finite, values_of
 from chiasm_experiments.study.record import CELL, ERROR, FIDELITY, HELD, RUNGS, TRIAL
 from chiasm_experiments.study.sharing import Sharing
@@ -66,8 +67,6 @@ class Driver:
         only: str | None = None,
         say: Say = print,
     ) -> None:
-        from chiasm_experiments.study.executor import warm_key
-
         self.state = state
         self.record = state.record
         self.config = state.record.config
@@ -77,7 +76,6 @@ class Driver:
         self.signals = signals
         self.only = only
         self.say = say
-        self.warm_key = warm_key
         self.judges = {fidelity: Judge(self.record, fidelity) for fidelity in self.record.fidelities}
         self.running: dict[str, _Running] = {}
         self.held: list[optuna.Trial] = []
@@ -87,7 +85,7 @@ class Driver:
         """Why no further trial starts."""
         self._stopping = self._waits = False
         self._looked = float("-inf")
-        self._keys: dict[str, str] = {}
+        self._keys: dict[str, Key] = {}
 
     def run(self) -> None:
         """Until nothing is left to run here or elsewhere, or something stops it."""
@@ -178,13 +176,13 @@ class Driver:
             return candidates[0][0]
         free = [item for item in candidates if not self.sharing.would_wait(item[0].user_attrs[TRIAL], running)]
         for candidate, trial in free if warm else ():
-            if self._key(candidate.user_attrs[TRIAL], trial) in warm:
+            if self._key(candidate.user_attrs[TRIAL], trial).parts in warm:
                 return candidate
         return (free or candidates)[0][0]
 
-    def _key(self, name: str, trial: Trial) -> str:
+    def _key(self, name: str, trial: Trial) -> Key:
         if name not in self._keys:
-            self._keys[name] = self.warm_key(trial.run)
+            self._keys[name] = make_key(trial.run, trial.cell.plan)
         return self._keys[name]
 
     def _wanted(self, trials: Sequence[Any]) -> list[Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -19,14 +18,13 @@ import ray
 from ray.exceptions import OutOfMemoryError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from chiasm.config import RunConfig
 from chiasm.errors import ConfigError
 from chiasm_experiments.study.hub import Hub, Report, Seen
+from chiasm_experiments.study.keys import Key
 from chiasm_experiments.study.leftovers import Traces
 from chiasm_experiments.study.places import Result, TrainerActor, TrialActor
 from chiasm_experiments.study.settings import Resources
 from chiasm_experiments.study.slots import count_slots, trials_per_gpu
-from chiasm_experiments.training.cache import identity
 from chiasm_experiments.training.execution import Execution
 from chiasm_experiments.training.run import Job
 
@@ -70,7 +68,7 @@ class _Place:
 
     actor: Any
     share: float
-    key: str = ""
+    parts: str = ""
     used: int = 0
 
 
@@ -78,7 +76,7 @@ class _Place:
 class _Running:
     ticket: str
     trial: str
-    key: str
+    key: Key
     place: _Place
     reference: Any
 
@@ -104,7 +102,7 @@ class Pool:
         self.shared = resources.gpus_per_worker == "auto" and resources.workers == 1 and bool(self.gpus)
         """Whether several trials may come to share a GPU."""
         self.fits: dict[str, int] = {}
-        """How many trials of a key share a GPU, once one of them was measured."""
+        """How many trials of a load share a GPU, once one of them was measured."""
         self._slots(1)
         self.traces = Traces(study)
         removed = self.traces.clear()
@@ -119,7 +117,7 @@ class Pool:
         self.idle: list[_Place] = []
         self.running: dict[str, _Running] = {}
         """By trial."""
-        self.queue: deque[tuple[Job, str]] = deque()
+        self.queue: deque[tuple[Job, Key]] = deque()
         self.killed: dict[str, tuple[str, float]] = {}
         """By ticket the reason, and when."""
         self.seen: dict[str, Seen] = {}
@@ -154,15 +152,15 @@ class Pool:
         return execution.model_copy(update={"loader_workers": loaders})
 
     def warm(self) -> frozenset[str]:
-        """The keys of what idle actors hold."""
-        return frozenset(place.key for place in self.idle if place.key)
+        """The parts that idle actors hold."""
+        return frozenset(place.parts for place in self.idle if place.parts)
 
-    def submit(self, job: Job, key: str) -> None:
+    def submit(self, job: Job, key: Key) -> None:
         """Starts a trial where its frozen parts are loaded already, else anywhere; it waits if there is no room.
 
         Args:
             job: the trial; its label `trial` names it.
-            key: what `warm_key` says of its run.
+            key: what it has in common with others.
         """
         self.queue.append((job, key))
         self._start()
@@ -214,9 +212,9 @@ class Pool:
             for actor in ray.get(self.hub.workers.remote(item.ticket)):
                 ray.kill(actor)
 
-    def takes(self, key: str) -> float:
+    def takes(self, key: Key) -> float:
         """GPUs that a trial of a key takes now, or CPUs where it takes no GPU."""
-        gpus = _share(self.fits.get(key, 1)) if self.shared else self.gpus
+        gpus = _share(self.fits.get(key.load, 1)) if self.shared else self.gpus
         return self.resources.workers * (gpus or self.resources.cpus_per_worker)
 
     def rest(self) -> None:
@@ -270,18 +268,18 @@ class Pool:
         """Starts what waits, in order, as far as there is room."""
         while self.queue:
             job, key = self.queue[0]
-            share = _share(self.fits.get(key, 1)) if self.shared else self.gpus
-            place = self._place(key, share)
+            share = _share(self.fits.get(key.load, 1)) if self.shared else self.gpus
+            place = self._place(key.parts, share)
             if place is None:
                 return
             self.queue.popleft()
-            place.key = key
+            place.parts = key.parts
             trial, ticket = job.labels["trial"], f"{job.labels['trial']}#{next(self.numbers)}"
             ray.get(self.hub.open.remote(ticket))
             reference = place.actor.run.remote(job, self.hub, ticket)
             self.running[trial] = _Running(ticket, trial, key, place, reference)
 
-    def _place(self, key: str, share: float) -> _Place | None:
+    def _place(self, parts: str, share: float) -> _Place | None:
         """The actor for a trial: one that holds what it needs, the one that was idle for longest, or a new one."""
         most = round(1 / share) if self.shared else 1
         if len(self.running) >= self._slots(most):
@@ -291,7 +289,7 @@ class Pool:
             if sum(item.place.share for item in self.running.values()) + share > total:
                 return None
         fitting = [place for place in self.idle if place.share == share]
-        found = [place for place in fitting if place.key == key] or fitting
+        found = [place for place in fitting if place.parts == parts] or fitting
         if found:
             place = min(found, key=lambda place: place.used)
             self.idle.remove(place)
@@ -345,7 +343,7 @@ class Pool:
         if reason is not None:
             self.ready.append(Ended(item.trial, "failed", error=reason))
             return
-        if self.shared and item.key not in self.fits and result.manifest is not None:
+        if self.shared and item.key.load not in self.fits and result.manifest is not None:
             self._measured(item, result)
         self.ready.append(Ended(item.trial, result.status, result.manifest, result.error))
 
@@ -354,7 +352,7 @@ class Pool:
         assert result.manifest is not None
         busy, peak = result.manifest["gpu_busy"], result.manifest["peak_gpu_bytes"]
         count = trials_per_gpu(busy, peak, result.gpu_bytes, self.resources.trials_per_gpu)
-        self.fits[item.key] = count
+        self.fits[item.key.load] = count
         if count > 1:
             self.say(
                 f"{item.trial} kept its GPU busy for {busy:.0%} of the time: {count} of its kind share one from now on"
@@ -378,23 +376,6 @@ class Pool:
                 self.kill(
                     item.trial, f"showed no progress for stall_seconds ({stall:g}); its last sign was: {seen.line}"
                 )
-
-
-def warm_key(run: RunConfig) -> str:
-    """Equal for runs whose frozen encoders and language model are the same, so that one finds the other's loaded.
-
-    Args:
-        run: with its seed, which random weights depend on.
-    """
-    parts = []
-    if "encoders" not in run.trained:
-        for place, ref in enumerate(run.vision.encoders):
-            pretrained = ref.options.get("pretrained") is not None
-            parts.append(identity("encoder", ref, f"{run.seed}/encoder.{place}", run.precision, pretrained))
-    if "llm" not in run.trained:
-        pretrained = run.llm.options.get("pretrained") is not None
-        parts.append(identity("llm", run.llm, f"{run.seed}/llm", run.precision, pretrained))
-    return json.dumps(parts)
 
 
 def _gpus(resources: Resources, nodes: list[dict[str, float]]) -> float:

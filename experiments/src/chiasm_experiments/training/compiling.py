@@ -1,4 +1,5 @@
-"""What `torch.compile` compiles of a run: the blocks of its language model, and of encoders that see images anew."""
+"""What is made ready for the shapes of a run: by `torch.compile`, the blocks of its language model and of encoders that
+see images anew; and by cuDNN, attention."""
 
 from __future__ import annotations
 
@@ -62,6 +63,20 @@ def compile_model(
         if blocks and "encoders" not in compiled:
             compiled.append("encoders")
     return {"compiled": compiled, "why": "on" if choice == "on" else f"auto: about {seconds:.0f} s of computing"}
+
+
+def choose_attention(device: torch.device, *, long: bool) -> None:
+    """Lets a run use cuDNN's attention, or keeps it from it, for all that this process does until the next run.
+
+    cuDNN's is the fastest on Hopper, where torch prefers it, but takes about a second to be made ready for each shape
+    of a batch: a run of small batches of many lengths would spend most of its time on that.
+
+    Args:
+        device: that computes.
+        long: the run is long enough for it.
+    """
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(long)
 
 
 def uncompiled_seconds(

@@ -29,6 +29,7 @@ from chiasm_experiments.training.choice import choose
 from chiasm_experiments.training.compiling import (
     ENOUGH_IN_A_STUDY,
     ENOUGH_SECONDS,
+    choose_attention,
     compile_model,
     uncompiled_seconds,
 )
@@ -142,14 +143,11 @@ def _execute(
     kept = any(features.memo is not None or features.shelf is not None for features in feed.features)
     steps = _steps(run, mixtures)
     some = {stage.name: check_stage(stage, feed, mixture) for stage, mixture in zip(run.stages, mixtures, strict=True)}
-    compiled = compile_model(
-        vlm,
-        job.execution.compile,
-        workers.device,
-        live=not kept,
-        seconds=uncompiled_seconds(vlm, run, some, steps, workers.device, workers.size),
-        enough=ENOUGH_IN_A_STUDY if in_study else ENOUGH_SECONDS,
-    )
+    choice, device = job.execution.compile, workers.device
+    seconds = uncompiled_seconds(vlm, run, some, steps, device, workers.size)
+    enough = ENOUGH_IN_A_STUDY if in_study else ENOUGH_SECONDS
+    compiled = compile_model(vlm, choice, device, live=not kept, seconds=seconds, enough=enough)
+    choose_attention(device, long=choice == "on" or seconds >= enough)
     benchmarks = load_benchmarks(run.evaluate)
     manifest = _begin(job, run, vlm, workers, {"name": strategy.name, "why": why}, cache, steps, guide.began)
     manifest["compiled"] = compiled

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Self
 import torch
 from jinja2 import TemplateError
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
     GenerationConfig,
     LlamaConfig,
@@ -33,6 +34,9 @@ from chiasm_llms.packing import decode_packed, decode_unmasked, decodes_unmasked
 from chiasm_llms.presets import BY_SOURCE
 from chiasm_llms.quantization import quantization
 from chiasm_llms.settings import CausalConfig, Shape
+
+_FOR_ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Attention that takes a new length as it comes."""
 
 _MARK = "\ue000"
 """A private-use character: no template trims or escapes it."""
@@ -325,9 +329,9 @@ class CausalLM(LanguageModel):
             pad_token_id=self._eos_id,  # what stands behind a finished row's end is cut off below
             use_cache=True,
         )
-        # compiled blocks would be compiled anew for each length of the cache
+        # compiled blocks would be compiled anew for each length of the cache, and cuDNN's attention made ready
         eager = torch.compiler.set_stance("force_eager") if self._compiled else nullcontext()
-        with _in_eval(self.model), eager:
+        with _in_eval(self.model), eager, sdpa_kernel(_FOR_ANY_LENGTH):
             # of a model that was sharded transformers would wait for other workers, who need not answer as much
             ids_BT = self.model.generate(
                 inputs_embeds=embeds_BTE,
