@@ -65,13 +65,13 @@ def feed_of(vlm):
 def decided(make_vlm, tmp_path, monkeypatch):
     """The decision about a run of 64,000 samples on a machine of given speed."""
 
-    def make(run, encode=1e-2, disk=(1e9, 1e9, 1e9), size=64_000, study=False, mixtures=None, **execution):
+    def make(run, encode=1e-2, disk=(1e9, 1e9, 1e9), size=64_000, runs=1, mixtures=None, **execution):
         monkeypatch.setattr(caching, "encoder_seconds", lambda vlm, k, device, views: encode)
         monkeypatch.setattr(caching, "disk_speed", lambda folder, size: DiskSpeed(*disk))
         vlm = make_vlm()
         mixtures = mixtures or [Mixture([Numbered(size)])] * len(run.stages)
         settings = Execution(cache_folder=tmp_path / "cache", **execution)
-        return decide(vlm, run, settings, mixtures, study, ALONE, feed_of(vlm))
+        return decide(vlm, run, settings, mixtures, runs, ALONE, feed_of(vlm))
 
     return make
 
@@ -96,9 +96,9 @@ def test_one_pass_is_not_stored_and_several_or_a_study_are(decided, monkeypatch)
     assert "each image is wanted 2 times by this run" in twice.why
     assert twice.told["used"] is True
     assert decided(run_of({"epochs": 1}, {"epochs": 1})).used, "two stages over the same images are two uses"
-    shared = decided(run_of({"epochs": 1}), study=True)
+    shared = decided(run_of({"epochs": 1}), runs=2)
     assert shared.used
-    assert "2 times counting one other run of the study" in shared.why
+    assert "2 times by the 2 runs of the study that see it" in shared.why
 
 
 def test_the_figures_follow_the_formula(decided, make_vlm):
@@ -182,7 +182,7 @@ def test_a_folder_that_cannot_be_made_is_told(make_vlm, tmp_path):
 
     def ask(choice):
         settings = Execution(cache=choice, cache_folder=tmp_path / "file" / "cache")
-        return decide(vlm, run_of({"epochs": 9}), settings, [Mixture([Numbered(64)])], False, ALONE, feed_of(vlm))
+        return decide(vlm, run_of({"epochs": 9}), settings, [Mixture([Numbered(64)])], 1, ALONE, feed_of(vlm))
 
     assert "cannot be made" in ask("auto").why
     with pytest.raises(ConfigError, match="cache=on, and the folder .* cannot be made: .*; set cache_folder"):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -349,6 +350,27 @@ def test_trials_that_would_wait_are_started_later(tmp_path):
     finish(done)
     refer(tmp_path / "trials" / names[0] / "stages" / "pretrain", "key", done)
     assert not any(sharing.would_wait(name, [names[0]]) for name in names)
+
+
+@pytest.mark.parametrize(("pretrained", "alike"), [(None, 4), ("some/clip", 8)])
+def test_trials_that_want_the_same_features_are_counted(tmp_path, pretrained, alike):
+    """Those of random encoders differ between seeds."""
+    shape = {"image_size": 28, "patch_size": 14, "width": 8, "depth": 1, "heads": 1, "mlp_width": 8}
+    options = {"shape": shape} if pretrained is None else {"pretrained": pretrained}
+    run = RunConfig.model_validate(json.loads(json.dumps(RUN)) | {"vision": {"encoders": [{"name": "clip"} | options]}})
+    runs = [
+        run.model_copy(
+            update={"seed": seed, "stages": (*run.stages[:-1], run.stages[-1].model_copy(update={"lr": lr}))}
+        )
+        for seed in (0, 1)
+        for lr in (1e-4, 1e-3, 1e-2, 1e-1)
+    ]
+    trials = [SimpleNamespace(run=each) for each in runs]
+    known, unknown = Sharing(tmp_path, trials), Sharing(tmp_path, None)
+    for sharing, wanted in ((known, alike), (unknown, 2)):
+        for place, trial in enumerate(trials):
+            sharing.add(str(place), trial)
+        assert {sharing.alike(str(place)) for place in range(8)} == {wanted}
 
 
 @pytest.mark.slow

@@ -230,7 +230,8 @@ class Driver:
             execution = execution.model_copy(update={"stages_folder": self.record.folder / STAGES})
             shared = self.sharing.common(name)
         questions = config.search.rung_questions
-        job = Job(values, str(folder), labels, execution, shared, rungs=config.rungs, rung_questions=questions)
+        alike = self.sharing.alike(name)
+        job = Job(values, str(folder), labels, execution, shared, alike, config.rungs, questions)
         key = self._key(name, trial)
         if running.asked.user_attrs[HELD]["units"] is None:
             self.record.hold(running.asked, self.pool.takes(key))

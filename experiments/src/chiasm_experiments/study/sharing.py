@@ -28,21 +28,31 @@ class Sharing:
         self.folder = folder
         self.stages: dict[str, list[str]] = {}
         self.prefixes: dict[str, list[str]] = {}
+        self.seen: dict[str, str] = {}
         self._owners: Counter[str] | None = None
+        self._viewers: Counter[str] | None = None
         if trials is not None:
+            trials = list(trials)
             self._owners = Counter(prefix for trial in trials for prefix in prefixes(trial.run))
+            self._viewers = Counter(features(trial.run) for trial in trials)
 
     def add(self, name: str, trial: Trial) -> None:
         """Tells of a trial under its name in the folder, before anything is asked about it."""
         if name not in self.stages:
             self.stages[name] = [stage.name for stage in trial.run.stages]
             self.prefixes[name] = prefixes(trial.run)
+            self.seen[name] = features(trial.run)
 
     def common(self, name: str) -> int | None:
         """How many of a trial's first stages another has too; None: any of them may be another's."""
         if self._owners is None:
             return None
         return sum(self._owners[prefix] > 1 for prefix in self.prefixes[name])
+
+    def alike(self, name: str) -> int:
+        """How many trials want the same features of the same images, this one among them; at least two of a study whose
+        trials are not known beforehand."""
+        return 2 if self._viewers is None else max(1, self._viewers[self.seen[name]])
 
     def would_wait(self, name: str, running: Iterable[str]) -> bool:
         """Whether a trial's first common stage that is not finished is being trained by a running one."""
@@ -55,6 +65,16 @@ class Sharing:
 
     def _finished(self, trial: str, stage: str) -> bool:
         return has_parts(stage_folder(self.folder / trial / "stages" / stage))
+
+
+def features(run: RunConfig) -> str:
+    """What the features of a run's frozen encoders depend on, and which images they are of."""
+    encoders = [
+        (ref.model_dump(mode="json"), None if ref.options.get("pretrained") is not None else run.seed)
+        for ref in run.vision.encoders
+    ]
+    data = [stage.model_dump(mode="json", include={"data"}) for stage in run.stages]
+    return json.dumps([encoders, run.vision.image.model_dump(mode="json"), data, run.precision], sort_keys=True)
 
 
 def prefixes(run: RunConfig) -> list[str]:

@@ -28,8 +28,6 @@ PROBES = 64
 WORTH_SECONDS = 20.0
 WORTH_SHARE = 0.05
 """Below either, what the cache would save is not worth its space on the disk."""
-STUDY_RUNS = 2
-"""Runs of a study that are counted on to want the same features, this one among them: a study has at least so many."""
 FILL = 0.9
 """Of the folder's size that one run may fill, since other processes' packs come in whole pieces."""
 TEXT, ANSWER = 64, 32
@@ -64,7 +62,7 @@ def decide(
     run: RunConfig,
     execution: Execution,
     mixtures: Sequence[Mixture],
-    study: bool,
+    runs: int,
     workers: Workers,
     make_feed: MakeFeed,
 ) -> CacheDecision:
@@ -75,7 +73,7 @@ def decide(
         run: the run.
         execution: holds the choice, the folder and its size.
         mixtures: the data of each stage.
-        study: whether the run belongs to a study, whose other runs want the same features.
+        runs: that want the same features, this one among them: those of its study.
         workers: the first one measures and decides.
         make_feed: to look for features that are stored already.
 
@@ -105,7 +103,7 @@ def decide(
             told = (False, "the encoders compute nothing", figures, 1.0)
         else:
             hits = stored_share(wanted, make_feed(store)) if any(store.folder.glob("*/*.index")) else 0.0
-            told = (*_weigh(vlm, run, wanted, space, hits, study, store, workers.device, figures), space.share)
+            told = (*_weigh(vlm, run, wanted, space, hits, runs, store, workers.device, figures), space.share)
     if workers.size > 1:
         everyone = [told]
         dist.broadcast_object_list(everyone, src=0)
@@ -194,17 +192,16 @@ def _weigh(
     wanted: Wanted,
     space: Space,
     hits: float,
-    study: bool,
+    runs: int,
     store: FeatureStore,
     device: torch.device,
     figures: dict[str, Any],
 ) -> tuple[bool, str, dict[str, Any]]:
     """Used or not, why, and the figures."""
-    runs = STUDY_RUNS if study else 1
     new = wanted.images * (1 - hits)
     figures = figures | {"stored_share": hits, "runs": runs}
     times_seen = f"each image is wanted {runs * wanted.uses / wanted.images:.3g} times"
-    times_seen += " counting one other run of the study" if study else " by this run"
+    times_seen += f" by the {runs} runs of the study that see it" if runs > 1 else " by this run"
     if runs * wanted.uses < 1.05 * new:
         return False, f"{times_seen}, and storing features that are never read saves nothing", figures
     times, measured = measure(vlm, run, wanted, space, store, device)

@@ -63,6 +63,7 @@ class Job:
         labels: what identifies the run in its study: `trial`, `cell`, `study`.
         execution: where its time and memory go.
         shared_stages: how many of its first stages are shared through `execution.stages_folder`; None: all.
+        alike: runs that want the same features of the same images, this one among them.
         rungs: shares of the last stage's steps, in (0, 1) and rising, at which the run is judged.
         rung_questions: of each benchmark that are asked there.
         memo_bytes: memory for features of frozen encoders; used where no loader process runs.
@@ -74,6 +75,7 @@ class Job:
     labels: dict[str, Any]
     execution: Execution = field(default_factory=Execution)
     shared_stages: int | None = None
+    alike: int = 1
     rungs: tuple[float, ...] = ()
     rung_questions: int = 100
     memo_bytes: int = 2**30
@@ -137,15 +139,14 @@ def _execute(
     strategy.place(run)
     loaders = job.execution.loaders(workers.device)
     mixtures = [load_mixture(stage.data) for stage in run.stages]
-    in_study = job.labels.get("study") is not None
-    cache = decide(vlm, run, job.execution, mixtures, in_study, workers, partial(make_feed, vlm, run, None))
+    cache = decide(vlm, run, job.execution, mixtures, job.alike, workers, partial(make_feed, vlm, run, None))
     feed = make_feed(vlm, run, warm.memo if loaders == 0 and cache.allowed else None, cache.store, cache.share)
     kept = any(features.memo is not None or features.shelf is not None for features in feed.features)
     steps = _steps(run, mixtures)
     some = {stage.name: check_stage(stage, feed, mixture) for stage, mixture in zip(run.stages, mixtures, strict=True)}
     choice, device = job.execution.compile, workers.device
     seconds = uncompiled_seconds(vlm, run, some, steps, device, workers.size)
-    enough = ENOUGH_IN_A_STUDY if in_study else ENOUGH_SECONDS
+    enough = ENOUGH_SECONDS if job.labels.get("study") is None else ENOUGH_IN_A_STUDY
     compiled = compile_model(vlm, choice, device, live=not kept, seconds=seconds, enough=enough)
     choose_attention(device, long=choice == "on" or seconds >= enough)
     benchmarks = load_benchmarks(run.evaluate)
