@@ -5,12 +5,14 @@ kernels and copies, and the calls to its driver that held the host up. A step th
 waits for the host, and the calls say where. Writes no result; tracing makes steps a little longer.
 
     python benchmarks/step_time.py
+    python benchmarks/step_time.py --run experiments/recipes/demo.yaml    of the first stage of any run
     python benchmarks/step_time.py --tiny    anywhere, small models
 """
 
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterable
@@ -18,6 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from speed import Scale, asked_scale, captions, free, loop, make_run
+
+from chiasm.config import load_run
+from chiasm_experiments.training.execution import Execution
+from chiasm_experiments.training.files import METRICS
+from chiasm_experiments.training.local import run_here
+from chiasm_experiments.training.run import Job
 
 STEPS = 4
 ON_GPU = {"kernel", "gpu_memcpy", "gpu_memset"}
@@ -49,7 +57,7 @@ def tell(name: str, events: list[dict[str, Any]]) -> None:
     first, last = min(e["ts"] for e in steps), max(e["ts"] + e["dur"] for e in steps)
     on_gpu = [event for event in spans if event["cat"] in ON_GPU]
     at_work = busy((event["ts"], event["ts"] + event["dur"]) for event in on_gpu)
-    print(f"\n{name}: a step takes the host {(last - first) / STEPS / 1000:.1f} ms, ", end="")
+    print(f"\n{name}: traced, a step takes the host {(last - first) / STEPS / 1000:.1f} ms, ", end="")
     print(f"the GPU works {at_work / STEPS / 1000:.1f} ms of it")
     for title, kind in (("on the GPU", ON_GPU), ("the host in the driver", HOST), ("the host in torch", {"cpu_op"})):
         print(f"  {title}, ms of a step and calls")
@@ -74,5 +82,26 @@ def main(scale: Scale) -> None:
             free()
 
 
+def of_run(file: Path) -> None:
+    """The first stage of a run as it stands, with features kept and without; and its whole time."""
+    run = load_run(file)
+    for cache in ("on", "off"):
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            settings = Execution.model_validate({"cache": cache, "cache_folder": f"{name}/kept", "profile": STEPS})
+            labels = {"trial": "traced", "study": None, "cell": {}}
+            manifest = run_here(Job(run.model_dump(mode="json"), str(folder / "run"), labels, settings), quiet=True)
+            tell(f"cache={cache}", json.loads((folder / "run" / "profile" / "trace.json").read_text())["traceEvents"])
+            rows = [json.loads(line) for line in (folder / "run" / METRICS).read_text().splitlines()]
+        for name in ("step_seconds", "data_wait"):
+            values = sorted(row[name] for row in rows)
+            low, middle, high = (values[round(share * (len(values) - 1))] for share in (0.1, 0.5, 0.9))
+            print(f"  {name}: median {middle:.4g}, a tenth below {low:.4g}, a tenth above {high:.4g}")
+        print(f"  {len(rows)} steps, {sum(row['step_seconds'] for row in rows):.1f} s; the run: {manifest['seconds']}")
+
+
 if __name__ == "__main__":
-    main(asked_scale(__doc__))
+    if sys.argv[1:2] == ["--run"]:
+        of_run(Path(sys.argv[2]))
+    else:
+        main(asked_scale(__doc__))
