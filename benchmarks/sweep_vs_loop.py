@@ -5,10 +5,11 @@ long as a whole, so a spread sample of its trials is timed, and the whole is tha
 its 95 % interval. The sweep runs the whole grid. A search with pruning then runs until the cell that it names is within
 the noise of the grid's best and stays so.
 
-    python benchmarks/sweep_vs_loop.py [--sample 12] [--trials 36] [--keep FOLDER] [--tiny]
+    python benchmarks/sweep_vs_loop.py [--sample 12] [--trials 36] [--keep FOLDER] [--seconds 600] [--tiny]
 
-`--keep` names a folder for the grid's results, of which search_cost.py takes its table. `--tiny` runs four trials of
-the grid with few steps, anywhere, to see that the script works; it writes no result.
+`--keep` names a folder where everything stays: search_cost.py takes its table from FOLDER/swept, and the same command
+goes on where it was stopped, as it is after `--seconds`. What a command does again then, such as starting Ray, counts.
+`--tiny` runs four trials of the grid with few steps, anywhere, to see that the script works; it writes no result.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -42,7 +44,7 @@ def write_study(folder: Path, tiny: bool, **changes: Any) -> Path:
     if tiny:
         study["factors"] = {path: _first(levels) for path, levels in study["factors"].items()} | TINY
         study["seeds"] = study["seeds"][:1]
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "study.yaml"
     path.write_text(yaml.safe_dump(study, sort_keys=False))
     return path
@@ -53,27 +55,69 @@ def _first(levels: Any) -> Any:
     return dict(list(levels.items())[:2]) if isinstance(levels, dict) else levels[:2] if len(levels) > 3 else levels[:1]
 
 
-def chiasm(*words: object) -> float:
-    """Seconds of a command."""
-    started = time.monotonic()
-    subprocess.run([sys.executable, "-m", "chiasm.cli", *map(str, words)], check=True, stdout=subprocess.DEVNULL)
-    return time.monotonic() - started
+class OutOfTimeError(Exception):
+    """The seconds that were given are over."""
 
 
-def loop(study: Path, sample: int) -> tuple[list[float], int]:
+class Kept:
+    """What was measured so far, in a file.
+
+    Args:
+        folder: of the file.
+        until: `time.monotonic()` at which commands are stopped; None: never.
+    """
+
+    def __init__(self, folder: Path, until: float | None) -> None:
+        self.file = folder / "measured.json"
+        self.until = until
+        known: dict[str, list[list[float]]] = json.loads(self.file.read_text()) if self.file.is_file() else {}
+        self.spans = known
+        """Of each command that was run, by name: when it began and ended, once or in several goes."""
+
+    def run(self, name: str, *words: object) -> None:
+        """Runs a command to its end, or until the time is over."""
+        began = time.time()
+        process = subprocess.Popen([sys.executable, "-m", "chiasm.cli", *map(str, words)], stdout=subprocess.DEVNULL)
+        try:
+            code = process.wait(None if self.until is None else max(1.0, self.until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.terminate()  # trials write checkpoints
+            process.wait(60)
+            code = None
+        self.spans.setdefault(name, []).append([began, time.time()])
+        self.file.write_text(json.dumps(self.spans))
+        if code is None:
+            raise OutOfTimeError
+        if code:
+            raise SystemExit(f"chiasm {words[0]} ended with {code}")
+
+    def seconds(self, name: str, at: float = float("inf")) -> float:
+        """Those that a command had taken at a time."""
+        return sum(max(0.0, min(at, end) - began) for began, end in self.spans[name])
+
+
+def loop(study: Path, sample: int, kept: Kept) -> tuple[list[float], int]:
     """Seconds of each sampled trial in a process of its own, and how many trials the whole loop has."""
     from chiasm_experiments.study.cells import make_cells, make_trials
     from chiasm_experiments.study.config import Study
 
     read = Study(study)
     trials = make_trials(read, make_cells(read))
-    seconds = []
     for i in range(sample):
         trial = trials[i * len(trials) // sample]
-        file = study.parent / f"run-{i}.yaml"
+        file, out = study.parent / f"run-{i}.yaml", study.parent / f"loop-{i}"
         file.write_text(json.dumps(trial.run.model_dump(mode="json")))
-        seconds.append(chiasm("train", file, "--out", study.parent / f"loop-{i}", "--set", "cache=off", "--json"))
-    return seconds, len(trials)
+        if not (out / "manifest.json").is_file() or read_status(out) != "complete":
+            shutil.rmtree(out, ignore_errors=True)  # timed whole
+            kept.spans.pop(f"loop-{i}", None)
+            kept.run(f"loop-{i}", "train", file, "--out", out, "--set", "cache=off", "--json")
+    return [kept.seconds(f"loop-{i}") for i in range(sample)], len(trials)
+
+
+def read_status(folder: Path) -> str:
+    """Of a run."""
+    status: str = json.loads((folder / "manifest.json").read_text())["status"]
+    return status
 
 
 def means(out: Path) -> dict[str, list[float]]:
@@ -87,7 +131,7 @@ def means(out: Path) -> dict[str, list[float]]:
     return found
 
 
-def found_after(out: Path, began: float, grid: dict[str, list[float]]) -> float | None:
+def found_after(out: Path, kept: Kept, grid: dict[str, list[float]]) -> float | None:
     """Seconds after which the cell that a search names stays within the noise of the grid's best; None: never."""
     spread = statistics.fmean(statistics.variance(own) if len(own) > 1 else 0.0 for own in grid.values())
     true = {cell: statistics.fmean(own) for cell, own in grid.items()}
@@ -102,7 +146,7 @@ def found_after(out: Path, began: float, grid: dict[str, list[float]]) -> float 
         found[json.dumps(manifest["cell"], sort_keys=True)].append(score)
         named = max(found, key=lambda cell: statistics.fmean(found[cell]))
         near = max(true.values()) - true[named] <= noise
-        after = (after or at - began) if near else None
+        after = (after or kept.seconds("search", at)) if near else None
     return after
 
 
@@ -110,25 +154,37 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sample", type=int, default=12, help="trials of the loop that are timed")
     parser.add_argument("--trials", type=int, default=36, help="that the search proposes")
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="where the sweep's results stay")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="where everything stays")
+    parser.add_argument("--seconds", type=float, help="after which it stops; the same command goes on")
     parser.add_argument("--tiny", action="store_true")
-    arguments = parser.parse_args()
+    asked = parser.parse_args()
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    until = None if asked.seconds is None else time.monotonic() + asked.seconds
     with tempfile.TemporaryDirectory(prefix="chiasm-loop-") as home:
-        folder = Path(home)
-        grid = write_study(folder / "grid", arguments.tiny)
-        seconds, count = loop(grid, min(2, arguments.sample) if arguments.tiny else arguments.sample)
-        print(f"the loop's trials took {', '.join(f'{each:.1f}' for each in seconds)} s", flush=True)
-        swept = arguments.keep or folder / "swept"
-        sweep = chiasm("sweep", grid, "--out", swept, "--json")
-        print(f"the sweep of {count} trials took {sweep:.1f} s", flush=True)
-        search = yaml.safe_load(GRID.read_text())["search"] | {"trials": 3 if arguments.tiny else arguments.trials}
-        record(compare(seconds, count, sweep, None), arguments.tiny)
-        began = time.time()
-        file = write_study(folder / "search", arguments.tiny, design="search", search=search, name="searched")
-        chiasm("sweep", file, "--out", folder / "searched", "--json")
-        after = found_after(folder / "searched", began, means(swept))
-        record(compare(seconds, count, sweep, after), arguments.tiny)
+        folder = asked.keep or Path(home)
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            measure(folder, Kept(folder, until), asked.sample, asked.trials, asked.tiny)
+        except OutOfTimeError:
+            print(f"out of time; the same command goes on from {folder}", flush=True)
+
+
+def measure(folder: Path, kept: Kept, sample: int, trials: int, tiny: bool) -> None:
+    """The loop's sample, the sweep, and the search, as far as they are not done."""
+    grid = write_study(folder / "grid", tiny)
+    seconds, count = loop(grid, min(2, sample) if tiny else sample, kept)
+    print(f"the loop's trials took {', '.join(f'{each:.1f}' for each in seconds)} s", flush=True)
+    swept, searched = folder / "swept", folder / "searched"
+    if not (swept / "report.html").is_file():
+        kept.run("sweep", "sweep", grid, "--out", swept, "--json")
+    sweep = kept.seconds("sweep")
+    print(f"the sweep of {count} trials took {sweep:.1f} s", flush=True)
+    record(compare(seconds, count, sweep, None), tiny)
+    search = yaml.safe_load(GRID.read_text())["search"] | {"trials": 3 if tiny else trials}
+    file = write_study(folder / "search", tiny, design="search", search=search, name="searched")
+    if not (searched / "report.html").is_file():
+        kept.run("search", "sweep", file, "--out", searched, "--json")
+    record(compare(seconds, count, sweep, found_after(searched, kept, means(swept))), tiny)
 
 
 def compare(seconds: list[float], count: int, sweep: float, after: float | None) -> dict[str, Any]:
