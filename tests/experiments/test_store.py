@@ -7,9 +7,11 @@ import os
 import signal
 import time
 
+import numpy as np
 import pytest
 import torch
 
+from chiasm_experiments.data.packs import Pack
 from chiasm_experiments.data.store import FeatureStore
 
 VIEW = (2, 4, 8)
@@ -118,6 +120,48 @@ def test_packs_are_dropped_from_the_one_that_was_not_used_for_longest(tmp_path):
         number += 1
     left = [data.exists() for data in order]
     assert left == [False] * left.count(False) + [True] * left.count(True)
+
+
+def test_a_pack_that_is_dropped_between_finding_and_reading_is_read_still(tmp_path):
+    """Its files may not be closed meanwhile: their numbers could be another file's by then."""
+    shelf(tmp_path).put("image", features(0))
+    reader = shelf(tmp_path)
+    assert reader.views("image") == 1
+    for file in [*tmp_path.glob("*/*.index"), *tmp_path.glob("*/*.data")]:
+        file.unlink()
+    found = reader.find(["image", "other"])  # looks for the other one, and no longer sees the pack
+    read_VLND = torch.empty(1, *VIEW)
+    assert reader.read(list(found.values()), read_VLND) == [True]
+    assert torch.equal(read_VLND, features(0))
+    assert reader.get("image") is None
+    (pack,) = {item.pack for item in found.values()}
+    closed = pack.close
+    del pack, found
+    assert not closed.alive, "a pack that nothing is read from keeps its files"
+
+
+def test_a_reader_goes_by_its_own_map_of_a_pack_where_another_maps_it_as_well(tmp_path):
+    class Shared(Pack):
+        """One whose map is at once replaced by another thread's, of the pack as it was before it grew."""
+
+        _short = None
+
+        @property
+        def _mapped(self):
+            return self._short
+
+        @_mapped.setter
+        def _mapped(self, mapped):
+            self._short = None if mapped is None else mapped[: features(0).nbytes]
+
+    writer = shelf(tmp_path)
+    for number in range(2):
+        writer.put(f"image{number}", features(number))
+    (index,) = tmp_path.glob("*/*.index")
+    pack = Shared(index)
+    into = np.empty(features(1).nbytes, np.uint8)
+    assert pack.read([pack.entry(1)], into) == [True]
+    assert into.tobytes() == features(1).numpy().tobytes()
 
 
 def test_what_another_finished_between_a_look_and_a_claim_is_not_computed_again(tmp_path):

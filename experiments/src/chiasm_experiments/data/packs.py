@@ -57,7 +57,7 @@ class Pack:
             self._index = _open(opened, path, os.O_RDWR)
             self._data = _open(opened, path.with_suffix(".data"), os.O_RDWR)
             self.close = weakref.finalize(self, opened.pop_all().close)
-            """Gives its files back; those of a dropped pack leave the disk once nothing is read from it."""
+            """Gives its files back, as dropping the last reference does."""
         self._mapped: np.ndarray | None = None
 
     def news(self, size: int) -> Iterator[tuple[int, bytes]]:
@@ -99,9 +99,9 @@ class Pack:
         # the file as rows of a length that divides every entry; features have a whole number of 64 bytes
         step = math.gcd(*(entry.offset for entry in entries), *(entry.size for entry in entries))
         ends = max(entry.offset + entry.size for entry in entries)
-        if self._mapped is None or len(self._mapped) < ends:
-            self._mapped = np.frombuffer(mmap.mmap(self._data, 0, access=mmap.ACCESS_READ), np.uint8)
-        mapped = self._mapped
+        mapped = self._mapped  # which another thread may replace meanwhile, by a shorter one too
+        if mapped is None or len(mapped) < ends:
+            mapped = self._mapped = np.frombuffer(mmap.mmap(self._data, 0, access=mmap.ACCESS_READ), np.uint8)
         rows = [np.arange(entry.offset // step, (entry.offset + entry.size) // step) for entry in entries]
         # `clip`, which changes no index here, lets numpy write where it is wanted without a copy between
         np.take(

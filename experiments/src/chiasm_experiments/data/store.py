@@ -226,9 +226,8 @@ class Shelf:
                 for row, digest in pack.news(size):
                     self._places[digest] = number << 32 | row
         for name in self._packs.keys() - names:
-            pack = self._packs.pop(name)
-            self._numbers[self._numbers.index(pack)] = None
-            pack.close()
+            # not closed here: what was found in it is still read, by this thread or another
+            self._numbers[self._numbers.index(self._packs.pop(name))] = None
 
     def _find(self, digest: bytes, *, look: bool = True) -> Found | None:
         """Where an entry stands; one that is not known yet is looked for."""
