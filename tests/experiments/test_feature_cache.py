@@ -15,6 +15,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import Whitespace
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from chiasm.config import ImageConfig, RunConfig, TokensConfig
 from chiasm.encoder import Encoder
@@ -28,7 +29,7 @@ from chiasm_encoders.clip import ClipEncoder
 from chiasm_encoders.dinov2 import Dinov2Encoder
 from chiasm_experiments.data.features import FeatureMemo, FrozenFeatures, Wanted
 from chiasm_experiments.data.feed import Feed
-from chiasm_experiments.data.joining import join
+from chiasm_experiments.data.joining import Span, join
 from chiasm_experiments.data.loader import _Examples, _read_ahead, load_steps
 from chiasm_experiments.data.mixture import Mixture
 from chiasm_experiments.data.store import FeatureStore
@@ -308,6 +309,29 @@ def test_features_that_were_read_ahead_are_taken_and_damaged_ones_are_computed_a
     (found,) = feed.vision(examples, CPU)
     assert torch.equal(found.tokens, wanted.tokens)
     assert feed.features[0].computed == 3
+
+
+class Moved(TorchDispatchMode):
+    """Counts the elements that are copied from one device to another."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
+            given = args[1] if func is torch.ops.aten.copy_.default else args[0]
+            self.elements += given.numel() if given.device != made.device and given.is_floating_point() else 0
+        return made
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 1, 0, 2], [2, 3], [1], [0, 2, 0]])
+def test_of_a_steps_features_a_micro_batch_sends_its_own_alone(order):
+    whole_ILND = torch.randn(4, 1, 2, 3)
+    spans = [Span(whole_ILND, place, 1) for place in order]
+    with Moved() as moved:
+        joined = join(spans, torch.device("meta"))
+    assert joined.shape == (len(order), 1, 2, 3)
+    assert moved.elements == 6 * len(order)
 
 
 @pytest.mark.parametrize("room", [2**32, 200, 1])

@@ -43,7 +43,11 @@ def join(parts: Sequence[Tensor | Span], device: torch.device) -> Tensor:
     """
     spans = [part for part in parts if isinstance(part, Span)]
     if len(spans) == len(parts) and len({id(span.whole_ILND) for span in spans}) == 1:
-        return _of_one(spans[0].whole_ILND, spans, device)
+        whole_ILND = spans[0].whole_ILND
+        # what was read for a whole step is not sent for each of its micro-batches
+        views = sum({span.first: span.views for span in spans}.values())
+        if whole_ILND.device.type == device.type or views == len(whole_ILND):
+            return _of_one(whole_ILND, spans, device)
     runs = _runs([part.tensor if isinstance(part, Span) else part for part in parts])
     if len(runs) == 1:
         return runs[0].to(device, non_blocking=True)
