@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from chiasm.config import RunConfig
+from chiasm.config import RunConfig, resolve
 from chiasm.plan import RunPlan
 from chiasm_experiments.training.cache import identity
 
@@ -46,7 +46,7 @@ def warm_key(run: RunConfig) -> str:
 
 
 def load_key(run: RunConfig, plan: RunPlan) -> str:
-    """Equal for runs that do about the same work: models of one size on as many tokens, trained alike.
+    """Equal for runs that do about the same work: models of one size in memory on as many tokens, trained alike.
 
     Neither what the weights are nor the seed counts, so that few trials are measured alone.
 
@@ -55,13 +55,16 @@ def load_key(run: RunConfig, plan: RunPlan) -> str:
         plan: its sizes.
     """
     sequence = plan.sequence
+    llm, config = resolve("llm", run.llm)
     return json.dumps(
         [
             [run.vision.encoders[i].name for i in range(len(run.vision.encoders))],
             run.llm.name,
             plan.parameters.get("encoders"),
             plan.parameters.get("llm"),
+            llm.spec(config).matrix_bits,
             plan.views,
+            plan.visual_tokens,
             None if sequence is None else [sequence.tokens, sequence.width],
             [[sorted(stage.train), stage.batch_size, stage.micro_batch_size] for stage in run.stages],
             run.precision,
