@@ -373,6 +373,17 @@ def test_trials_that_want_the_same_features_are_counted(tmp_path, pretrained, al
         assert {sharing.alike(str(place)) for place in range(8)} == {wanted}
 
 
+def test_trials_that_train_their_encoders_want_no_features(tmp_path):
+    frozen = RunConfig.model_validate(RUN)
+    last = frozen.stages[-1]
+    trained = frozen.model_copy(
+        update={"stages": (*frozen.stages[:-1], last.model_copy(update={"train": (*last.train, "encoders")}))}
+    )
+    sharing = Sharing(tmp_path, [SimpleNamespace(run=run) for run in (frozen, trained, trained)])
+    sharing.add("frozen", SimpleNamespace(run=frozen))
+    assert sharing.alike("frozen") == 1
+
+
 @pytest.mark.slow
 def test_a_study_of_the_second_stage_trains_the_first_once_for_each_seed(tmp_path):
     """Through Ray, two trials at a time."""

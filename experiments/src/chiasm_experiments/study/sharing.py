@@ -68,13 +68,15 @@ class Sharing:
 
 
 def features(run: RunConfig) -> str:
-    """What the features of a run's frozen encoders depend on, and which images they are of."""
+    """What the features of a run's encoders depend on, which images they are of, and whether they stay the same."""
     encoders = [
         (ref.model_dump(mode="json"), None if ref.options.get("pretrained") is not None else run.seed)
         for ref in run.vision.encoders
     ]
     data = [stage.model_dump(mode="json", include={"data"}) for stage in run.stages]
-    return json.dumps([encoders, run.vision.image.model_dump(mode="json"), data, run.precision], sort_keys=True)
+    trained = "encoders" in run.trained
+    image = run.vision.image.model_dump(mode="json")
+    return json.dumps([encoders, trained, image, data, run.precision], sort_keys=True)
 
 
 def prefixes(run: RunConfig) -> list[str]:
