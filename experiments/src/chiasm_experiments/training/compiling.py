@@ -4,6 +4,7 @@ see images anew; and by cuDNN, attention."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -86,6 +87,8 @@ def uncompiled_seconds(
     steps: Mapping[str, int],
     device: torch.device,
     workers: int = 1,
+    *,
+    live: bool = True,
 ) -> float:
     """About how long the steps of a run take a device, from the operations that a few samples of each stage need.
 
@@ -96,13 +99,14 @@ def uncompiled_seconds(
         steps: of each stage.
         device: that computes.
         workers: that share a step.
+        live: as `compile_model` takes it; what is encoded once for many steps is not counted.
     """
     dtype = torch.bfloat16 if run.precision == "bfloat16" else torch.float32
     rate = UTILISATION * (device_peak(device, dtype) or UNKNOWN_PEAK)
     least = BLOCK_SECONDS * vlm.llm.geometry.depth
     total = 0.0
     for stage in run.stages:
-        some = examples[stage.name]
+        some = [example if live else replace(example, pixels=()) for example in examples[stage.name]]
         operations = ModelOperations(vlm, run, stage)(some) / len(some) * stage.batch_size / workers
         total += steps[stage.name] * max(operations / rate, least)
     return total

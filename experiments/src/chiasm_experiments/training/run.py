@@ -145,7 +145,7 @@ def _execute(
     steps = _steps(run, mixtures)
     some = {stage.name: check_stage(stage, feed, mixture) for stage, mixture in zip(run.stages, mixtures, strict=True)}
     choice, device = job.execution.compile, workers.device
-    seconds = uncompiled_seconds(vlm, run, some, steps, device, workers.size)
+    seconds = uncompiled_seconds(vlm, run, some, steps, device, workers.size, live=not kept)
     enough = ENOUGH_SECONDS if job.labels.get("study") is None else ENOUGH_IN_A_STUDY
     compiled = compile_model(vlm, choice, device, live=not kept, seconds=seconds, enough=enough)
     choose_attention(device, long=choice == "on" or seconds >= enough)
