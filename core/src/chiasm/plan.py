@@ -34,6 +34,8 @@ class RunPlan:
     """What the fusion gives."""
     context_length: int | None = None
     parameters: dict[Part, int] = field(default_factory=dict)
+    matrix_bits: int | None = None
+    """Of a quantised language model, as its spec says."""
     trained: dict[Part, int] = field(default_factory=dict)
     """Parameters that some stage trains."""
     cost: RunCost | None = None
@@ -97,7 +99,7 @@ def plan_run(run: RunConfig, sample: SampleSize | None = None) -> RunPlan:
         plan.parameters["encoders"] = sum(encoder.parameters for encoder in encoders)
     if llm is not None:
         plan.context_length = llm.context_length
-        plan.parameters["llm"] = llm.parameters
+        plan.parameters["llm"], plan.matrix_bits = llm.parameters, llm.matrix_bits
         plan.parameters["tokens"] = learned_vectors(run.tokens) * llm.width
         if "llm" in run.trained and not llm.trainable:
             plan.problems.append(f"llm: {FIXED_LLM}")

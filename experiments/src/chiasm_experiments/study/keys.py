@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from chiasm.config import RunConfig, resolve
+from chiasm.config import RunConfig
 from chiasm.plan import RunPlan
 from chiasm_experiments.training.cache import identity
 
@@ -55,14 +55,13 @@ def load_key(run: RunConfig, plan: RunPlan) -> str:
         plan: its sizes.
     """
     sequence = plan.sequence
-    llm, config = resolve("llm", run.llm)
     return json.dumps(
         [
             [run.vision.encoders[i].name for i in range(len(run.vision.encoders))],
             run.llm.name,
             plan.parameters.get("encoders"),
             plan.parameters.get("llm"),
-            llm.spec(config).matrix_bits,
+            plan.matrix_bits,
             plan.views,
             plan.visual_tokens,
             None if sequence is None else [sequence.tokens, sequence.width],
