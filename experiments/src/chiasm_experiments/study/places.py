@@ -25,6 +25,13 @@ from chiasm_experiments.training.workers import Workers
 
 MEMO_BYTES = 2**30
 """Memory of an actor for features of frozen encoders."""
+RAY_TRAIN = {
+    # how soon the end of a run on several workers is noticed: the default costs up to some seconds a trial
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    # a process more for each run, which imports torch and tells the run of nodes about to go: nothing here listens
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
+"""Ray Train's own knobs, as a trial on several workers wants them; what the user has set holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +99,9 @@ class TrainerActor:
     """
 
     def __init__(self, resources: Resources, gpus: float) -> None:
+        for name, value in RAY_TRAIN.items():
+            # Ray Train hands what is set in this process on, whatever node of which cluster it is on
+            os.environ.setdefault(name, value)
         self.resources = resources
         self.gpus = gpus
 

@@ -158,8 +158,6 @@ def check_all_data(cells: Sequence[Cell]) -> None:
 
 def start_ray(say: Say) -> None:
     """Joins the cluster that RAY_ADDRESS names (as in a submitted job), or starts Ray on this machine."""
-    # Ray Train's own knob: how soon the end of a run on several workers is noticed; its default costs 5 s a trial
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
