@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from ray.util.placement_group import placement_group_table
 from safetensors.torch import load_file
 
 from chiasm.config import RunConfig
@@ -53,11 +54,14 @@ def start(folder: Path, workers: int) -> Pool:
 
 
 def end(pool: Pool):
+    """How its trial ended, with nothing of Ray Train left behind."""
     events = []
     until = time.monotonic() + 150
     while not events:
         assert time.monotonic() < until, pool.progress()
         events = pool.events(1.0)
+    # before the pool is closed, which removes groups itself
+    assert {group["state"] for group in placement_group_table().values()} == {"REMOVED"}
     pool.close()
     (event,) = events
     return event
