@@ -18,7 +18,7 @@ from chiasm.config import RunConfig
 from chiasm.errors import ConfigError
 from chiasm.plan import plan_run
 from chiasm_experiments.study.executor import Ended, Pool, Reported
-from chiasm_experiments.study.keys import Key, load_key, make_key, warm_key
+from chiasm_experiments.study.keys import Key, Load, load_of, make_key, warm_key
 from chiasm_experiments.study.leftovers import NAMESPACE, Traces
 from chiasm_experiments.study.places import Result
 from chiasm_experiments.study.settings import Resources
@@ -220,7 +220,7 @@ def test_limits_end_what_hangs_and_what_takes_too_long(pool, job):
     # after an error that nobody foresaw the process is not used again
     broken = job("broken")
     broken.run["stages"][0]["lr"] = "fast"
-    one.submit(broken, Key("any", "any"))
+    one.submit(broken, Key("any", Load("any")))
     (failed,) = wait(one, 1)
     assert (failed.trial, failed.status) == ("broken", "failed")
     assert "ValidationError" in failed.error
@@ -305,7 +305,7 @@ def test_runs_share_a_key_where_their_frozen_parts_are_the_same(job):
 def test_runs_share_a_load_where_models_tokens_and_training_are_of_one_size():
     def load(**change):
         run = RunConfig.model_validate(RUN | change)
-        return load_key(run, plan_run(run))
+        return load_of(run, plan_run(run))
 
     stage = RUN["stages"][0]
     assert load() == load(seed=1) == load(stages=[stage | {"lr": 1.0, "steps": 9}]) == load(evaluate=[])
@@ -394,8 +394,8 @@ def test_several_trials_share_a_gpu_once_one_was_measured(cluster, monkeypatch):
     monkeypatch.setattr(pool, "_new", Actor)
     monkeypatch.setattr(ray, "kill", killed.append)
 
-    def submit(name, load, parts="any"):
-        pool.submit(Job({}, "", {"trial": name}), Key(parts, load))
+    def submit(name, kind, parts="any", size=2):
+        pool.submit(Job({}, "", {"trial": name}), Key(parts, Load(kind, (size,))))
 
     assert (pool.size, pool.free) == (1, 1)
     submit("a1", "a")
@@ -408,7 +408,7 @@ def test_several_trials_share_a_gpu_once_one_was_measured(cluster, monkeypatch):
     assert (made, len(killed)) == ([1.0, 0.3333], 1)
     assert (pool.size, pool.free) == (3, 2)
     submit("a3", "a")
-    submit("a4", "a", "others of one size")
+    submit("a4", "a", "others that do less", size=1)
     assert made == [1.0, *[0.3333] * 3]
     assert pool.free == 0
     submit("b1", "b")  # not measured: it needs the whole

@@ -20,7 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from chiasm.errors import ConfigError
 from chiasm_experiments.study.hub import Hub, Report, Seen
-from chiasm_experiments.study.keys import Key
+from chiasm_experiments.study.keys import Key, Load
 from chiasm_experiments.study.leftovers import Traces
 from chiasm_experiments.study.places import Result, TrainerActor, TrialActor
 from chiasm_experiments.study.settings import Resources
@@ -101,7 +101,7 @@ class Pool:
         self.gpus = _gpus(resources, self.nodes)
         self.shared = resources.gpus_per_worker == "auto" and resources.workers == 1 and bool(self.gpus)
         """Whether several trials may come to share a GPU."""
-        self.fits: dict[str, int] = {}
+        self.fits: dict[Load, int] = {}
         """How many trials of a load share a GPU, once one of them was measured."""
         self._slots(1)
         self.traces = Traces(study)
@@ -214,7 +214,7 @@ class Pool:
 
     def takes(self, key: Key) -> float:
         """GPUs that a trial of a key takes now, or CPUs where it takes no GPU."""
-        gpus = _share(self.fits.get(key.load, 1)) if self.shared else self.gpus
+        gpus = _share(self._fitting(key.load) or 1) if self.shared else self.gpus
         return self.resources.workers * (gpus or self.resources.cpus_per_worker)
 
     def rest(self) -> None:
@@ -264,11 +264,15 @@ class Pool:
             )
         return fits if resources.concurrent == "auto" else min(fits, resources.concurrent)
 
+    def _fitting(self, load: Load) -> int | None:
+        """How many trials of a load share a GPU: as many as of a measured one that does no less; None: not known."""
+        return max((count for known, count in self.fits.items() if known.covers(load)), default=None)
+
     def _start(self) -> None:
         """Starts what waits, in order, as far as there is room."""
         while self.queue:
             job, key = self.queue[0]
-            share = _share(self.fits.get(key.load, 1)) if self.shared else self.gpus
+            share = _share(self._fitting(key.load) or 1) if self.shared else self.gpus
             place = self._place(key.parts, share)
             if place is None:
                 return
@@ -343,7 +347,7 @@ class Pool:
         if reason is not None:
             self.ready.append(Ended(item.trial, "failed", error=reason))
             return
-        if self.shared and item.key.load not in self.fits and result.manifest is not None:
+        if self.shared and self._fitting(item.key.load) is None and result.manifest is not None:
             self._measured(item, result)
         self.ready.append(Ended(item.trial, result.status, result.manifest, result.error))
 

@@ -11,21 +11,44 @@ from chiasm_experiments.training.cache import identity
 
 
 @dataclass(frozen=True, slots=True)
+class Load:
+    """What a trial asks of a GPU, as far as its plan tells.
+
+    Neither what the weights are nor the seed counts, so that few trials are measured alone.
+
+    Args:
+        kind: equal for the same models, trained alike.
+        sizes: of the models and of what they work on.
+    """
+
+    kind: str
+    sizes: tuple[int, ...] = ()
+
+    def covers(self, other: Load) -> bool:
+        """Whether a trial of the other load does no more, at any place, than one of this."""
+        return (
+            self.kind == other.kind
+            and len(self.sizes) == len(other.sizes)
+            and all(mine >= theirs for mine, theirs in zip(self.sizes, other.sizes, strict=True))
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Key:
     """What a pool goes by.
 
     Args:
         parts: equal where one trial finds what another has loaded.
-        load: equal where one trial keeps a GPU as busy as another, and its memory as full.
+        load: what it asks of a GPU.
     """
 
     parts: str
-    load: str
+    load: Load
 
 
 def make_key(run: RunConfig, plan: RunPlan) -> Key:
     """The key of a trial."""
-    return Key(warm_key(run), load_key(run, plan))
+    return Key(warm_key(run), load_of(run, plan))
 
 
 def warm_key(run: RunConfig) -> str:
@@ -45,27 +68,22 @@ def warm_key(run: RunConfig) -> str:
     return json.dumps(parts)
 
 
-def load_key(run: RunConfig, plan: RunPlan) -> str:
-    """Equal for runs that do about the same work: models of one size in memory on as many tokens, trained alike.
-
-    Neither what the weights are nor the seed counts, so that few trials are measured alone.
+def load_of(run: RunConfig, plan: RunPlan) -> Load:
+    """The load of a run.
 
     Args:
         run: its stages.
         plan: its sizes.
     """
     sequence = plan.sequence
-    return json.dumps(
-        [
-            [run.vision.encoders[i].name for i in range(len(run.vision.encoders))],
-            run.llm.name,
-            plan.parameters.get("encoders"),
-            plan.parameters.get("llm"),
-            plan.matrix_bits,
-            plan.views,
-            plan.visual_tokens,
-            None if sequence is None else [sequence.tokens, sequence.width],
-            [[sorted(stage.train), stage.batch_size, stage.micro_batch_size] for stage in run.stages],
-            run.precision,
-        ]
-    )
+    kind = [
+        [ref.name for ref in run.vision.encoders],
+        run.llm.name,
+        plan.matrix_bits,
+        [[sorted(stage.train), stage.batch_size, stage.micro_batch_size] for stage in run.stages],
+        run.precision,
+    ]
+    # connectors are small beside these, and would each be measured alone
+    models = [plan.parameters.get("encoders", 0), plan.parameters.get("llm", 0)]
+    tokens = [0, 0] if sequence is None else [sequence.tokens, sequence.width]
+    return Load(json.dumps(kind), (*models, *(plan.views or (0, 0)), plan.visual_tokens or 0, *tokens))
