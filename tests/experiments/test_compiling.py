@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import timm
@@ -130,9 +131,11 @@ def test_what_is_compiled(choice, device, seconds, live, parts):
 def test_packing_is_chosen_by_the_padding_that_it_saves():
     llm = CausalLM.tiny()
     auto = Packing.choose("auto", llm, GPU)
-    assert auto.pad([10, 10, 10]) == "right"
-    assert auto.pad([100, 100, 100, 100 - int(400 * WASTE) + 1]) == "right"
-    assert auto.pad([100, 100, 100, 100 - int(400 * WASTE)]) == "packed"
+    assert auto.pad([128, 128, 128]) == "right"
+    least = 4 * 128 * WASTE
+    assert auto.pad([128, 128, 128, 128 - math.ceil(least) + 1]) == "right"
+    assert auto.pad([128, 128, 128, 128 - math.ceil(least)]) == "packed"
+    assert auto.pad([65, 65, 65]) == "packed", "rows end on a multiple of 64 positions"
     assert Packing.choose("auto", llm, CPU).pad([10, 1]) == "right"
     assert Packing.choose("off", llm, GPU).pad([10, 1]) == "right"
     assert Packing.choose("on", llm, CPU).pad([10, 10]) == "packed"

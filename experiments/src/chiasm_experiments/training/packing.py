@@ -8,7 +8,7 @@ from typing import Self
 
 import torch
 
-from chiasm.batch import Padding
+from chiasm.batch import ROW_MULTIPLE, Padding
 from chiasm.errors import ConfigError
 from chiasm.llm import LanguageModel
 from chiasm_experiments.training.execution import Choice
@@ -46,7 +46,7 @@ class Packing:
 
     def pad(self, lengths: Sequence[int]) -> Padding:
         """How sequences of these lengths become one batch to train on."""
-        padded = max(lengths) * len(lengths)
+        padded = -(-max(lengths) // ROW_MULTIPLE) * ROW_MULTIPLE * len(lengths)  # as rows for a GPU are
         return "packed" if padded - sum(lengths) >= self.above * padded else "right"
 
 
