@@ -13,6 +13,7 @@ from optuna.storages.journal import JournalFileBackend
 
 from chiasm.config import RunConfig
 from chiasm_experiments.study.executor import Ended, Reported
+from chiasm_experiments.study.keys import Key
 from chiasm_experiments.study.sweep import Options, sweep
 from chiasm_experiments.training.execution import Execution
 from chiasm_experiments.training.files import MANIFEST, read_json, write_json
@@ -53,7 +54,8 @@ class FakePool:
         self.told: list = []
         self.stopped = self.closed = False
         self.on_event = lambda pool: None
-        self.keys: list[str] = []
+        self.keys: list[Key] = []
+        self.alike: list[int] = []
         self.warm_keys = frozenset()
 
     @property
@@ -72,6 +74,7 @@ class FakePool:
     def submit(self, job, key):
         self.started.append(job.labels["trial"])
         self.keys.append(key)
+        self.alike.append(job.alike)
         self.queue.append((job, 0))
 
     def events(self, seconds):

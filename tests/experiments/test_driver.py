@@ -356,6 +356,7 @@ def test_a_trial_whose_parts_are_loaded_comes_first(bench):
     bench.sweep()
     in_order, keys = bench.pool.started, bench.pool.keys
     assert keys[0] == keys[1] != keys[2] == keys[3]
+    assert bench.pool.alike == [2] * 4, "two adapters see the images through the same encoder"
 
     def warm(pool):
         pool.warm_keys = frozenset(key.parts for key in keys[3:])

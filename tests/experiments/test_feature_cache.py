@@ -482,6 +482,24 @@ def test_other_steps_than_chunks_come_in_order_with_their_own_pixels(make_vlm):
             assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("device", "pad", "length"),
+    [("cuda", "right", 64), ("cuda", "left", None), ("cuda", "packed", None), ("cpu", "right", None)],
+)
+def test_rows_that_a_gpu_trains_on_have_one_of_few_lengths(make_vlm, monkeypatch, device, pad, length):
+    feed, asked = make_feed(make_vlm()), []
+    monkeypatch.setattr(feed, "vision", lambda examples, device: [])
+
+    def collated(prompts, vision, **given):
+        asked.append(given)
+        return torch.empty(0, device="meta")
+
+    monkeypatch.setattr("chiasm_experiments.data.feed.collate", collated)
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device: tensor)
+    feed.batch([feed.train(Samples()[i]) for i in (0, 3)], torch.device(device), pad=pad)
+    assert asked == [{"pad": pad, "length": length}]
+
+
 def test_on_the_cpu_features_depend_on_no_other_image_of_their_batch():
     """Else a run that was killed, and encodes other images together, would not end with the same bits."""
 

@@ -185,3 +185,22 @@ def test_chat_is_the_template_of_the_tokenizer(zoo: Any) -> None:
         assert llm.render_chat(messages, generate=generate) == wanted
     assert wanted == "<s>system\nBe brief.</s>\n<s>user\nWhy?</s>\n<s>assistant\n"
     assert llm.geometry.chat_template
+
+
+def test_generation_keeps_from_attention_that_is_made_ready_for_each_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm, seen = CausalLM.tiny(), []
+    generate = llm.model.generate
+
+    def spied(*args: Any, **kwargs: Any) -> Any:
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return generate(*args, **kwargs)
+
+    monkeypatch.setattr(llm.model, "generate", spied)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        llm.generate(llm.embed(torch.tensor([[1, 2, 3]])), torch.ones(1, 3, dtype=torch.bool), max_new_tokens=2)
+        assert seen == [False]
+        assert torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
