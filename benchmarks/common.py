@@ -67,7 +67,9 @@ def _machine() -> str:
     import torch
 
     if torch.cuda.is_available():
-        return f"{torch.cuda.get_device_name()}, {os.cpu_count()} CPU cores"
+        count = torch.cuda.device_count()
+        name = torch.cuda.get_device_name()
+        return f"{f'{count} x ' if count > 1 else ''}{name}, {os.cpu_count()} CPU cores"
     return f"{platform.machine()}, {os.cpu_count()} CPU cores, no GPU"
 
 
