@@ -34,7 +34,7 @@ class Plan:
     gpus: int
 
 
-LARGE = Plan(REAL, (32, 16, 8), 640, 16, 200, 1)
+LARGE = Plan(REAL, (32, 16, 8), 640, 12, 120, 1)
 SMALL = Plan(TINY, (4, 4, 2), 40, 8, 30, 0)
 
 
@@ -44,8 +44,15 @@ def cluster(plan: Plan, gpus: int) -> Iterator[str]:
     os.environ["RAY_AUTH_MODE"] = "disabled"
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     given = {"num_cpus": 16 * gpus, "num_gpus": gpus} if plan.gpus else {"num_cpus": gpus, "num_gpus": 0}
-    context = ray.init(include_dashboard=False, log_to_driver=False, logging_level="error", **given)
+    context = ray.init("local", include_dashboard=False, log_to_driver=False, logging_level="error", **given)
     try:
         yield context.address_info["gcs_address"]
     finally:
         ray.shutdown()
+
+
+def hold_half(half: int) -> None:
+    """Leaves this process one of the two GPUs and half of the cores, before it has used any."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = str(half)
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, cores[half * len(cores) // 2 : (half + 1) * len(cores) // 2])

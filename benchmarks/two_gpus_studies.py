@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -142,70 +143,80 @@ def steps_once(folder: Path, steps: int) -> bool:
     return bool(logs) and all(log == list(range(1, steps + 1)) for log in logs)
 
 
-def studies(plan: Plan) -> dict[str, Any]:
-    """Trials at half a GPU on one and on two GPUs; on both GPUs with a kill; and a mixture."""
-    # where there is no GPU a CPU stands for one
-    half, one = (
+def shares(plan: Plan) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a worker asks for that is to have half a GPU, and a whole one; where there is none a CPU stands for it."""
+    half, whole = (
         {"gpus_per_worker": share if plan.gpus else 0, "cpus_per_worker": 2 if plan.gpus else share}
         for share in (0.5, 1)
     )
-    found: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory(prefix="two-gpus-", dir="/tmp") as name:
-        folder = Path(name)
+    return half, whole
 
-        def halves(gpus: int) -> None:
-            with cluster(plan, gpus) as address:
-                study = write_study(folder, f"halves-on-{gpus}", plan, plan.trials, plan.steps, **half)
-                watch, sweep = Watch(plan), Sweep(study, folder, address)
-                found[study.stem] = sweep.end()
-                # of a cluster of one GPU the others are not meant
-                busy = watch.end(sweep.waited)
-                found[study.stem]["busy_while_trials_wait"] = busy[:gpus] if busy else None
 
-        def both() -> None:
-            with cluster(plan, 2) as address:
-                settings = one | {"workers": 2, "checkpoint_seconds": 0, "concurrent": 1}
-                study = write_study(folder, "both-with-a-kill", plan, 2, plan.steps // 2, **settings)
-                sweep = Sweep(study, folder, address)
-                killed = kill_a_worker(sweep, 5)
-                ended, once = sweep.end(), steps_once(sweep.folder, plan.steps // 2)
-                found[study.stem] = ended | {"killed_at_step": killed, "steps_once": once}
+def halves(plan: Plan, folder: Path, gpus: int) -> dict[str, Any]:
+    """Trials at half a GPU each."""
+    with cluster(plan, gpus) as address:
+        study = write_study(folder, f"halves-on-{gpus}", plan, plan.trials, plan.steps, **shares(plan)[0])
+        watch, sweep = Watch(plan), Sweep(study, folder, address)
+        found = sweep.end()
+        busy = watch.end(sweep.waited)
+    return {study.stem: found | ({"busy_while_trials_wait": busy} if gpus == 2 else {})}
 
-        def mixture() -> None:
-            with cluster(plan, 2) as address:
-                some = write_study(folder, "mixture-halves", plan, 6, plan.steps, **half, concurrent=2)
-                whole = write_study(folder, "mixture-whole", plan, 3, plan.steps, **one, concurrent=1)
-                watch, sweeps = Watch(plan), [Sweep(some, folder, address), Sweep(whole, folder, address)]
-                for study, sweep in zip((some, whole), sweeps, strict=True):
-                    found[study.stem] = sweep.end()
-                # while both have trials that wait
-                busy = watch.end((max(s.waited[0] for s in sweeps), min(s.waited[1] for s in sweeps)))
-                found["mixture-halves"]["busy_while_trials_wait"] = busy
 
-        for part in (lambda: halves(1), lambda: halves(2), both, mixture):
-            known = set(found)
-            try:
-                part()
-            except Exception as error:  # the others are run all the same
-                found.setdefault("errors", []).append(repr(error)[-2000:])
-            print(
-                json.dumps({name: found[name] for name in found if name not in known or name == "errors"}), flush=True
-            )
+def both(plan: Plan, folder: Path) -> dict[str, Any]:
+    """Trials on both GPUs, one of whose workers is killed."""
+    with cluster(plan, 2) as address:
+        settings = shares(plan)[1] | {"workers": 2, "checkpoint_seconds": 0, "concurrent": 1}
+        study = write_study(folder, "both-with-a-kill", plan, 2, plan.steps // 2, **settings)
+        sweep = Sweep(study, folder, address)
+        killed = kill_a_worker(sweep, 5)
+        ended, once = sweep.end(), steps_once(sweep.folder, plan.steps // 2)
+    return {study.stem: ended | {"killed_at_step": killed, "steps_once": once}}
+
+
+def mixture(plan: Plan, folder: Path) -> dict[str, Any]:
+    """A study of trials at half a GPU beside one of trials on a whole one."""
+    half, whole = shares(plan)
+    with cluster(plan, 2) as address:
+        small = write_study(folder, "mixture-halves", plan, 6, plan.steps, **half, concurrent=2)
+        large = write_study(folder, "mixture-whole", plan, 3, plan.steps, **whole, concurrent=1)
+        watch, sweeps = Watch(plan), [Sweep(small, folder, address), Sweep(large, folder, address)]
+        found = {study.stem: sweep.end() for study, sweep in zip((small, large), sweeps, strict=True)}
+        # while both have trials that wait
+        busy = watch.end((max(s.waited[0] for s in sweeps), min(s.waited[1] for s in sweeps)))
+    found["mixture-halves"]["busy_while_trials_wait"] = busy
     return found
 
 
-def judge_studies(found: dict[str, Any]) -> dict[str, Any]:
+STUDIES: dict[str, Callable[[Plan, Path], dict[str, Any]]] = {
+    "halves on one GPU": lambda plan, folder: halves(plan, folder, 1),
+    "halves on two GPUs": lambda plan, folder: halves(plan, folder, 2),
+    "both GPUs": both,
+    "mixture": mixture,
+}
+
+
+def studies(plan: Plan, name: str) -> dict[str, Any]:
+    """What became of the trials of one of `STUDIES`, or its error: the others are run all the same."""
+    with tempfile.TemporaryDirectory(prefix="two-gpus-", dir="/tmp") as folder:
+        try:
+            return STUDIES[name](plan, Path(folder))
+        except Exception as error:
+            return {"error": repr(error)[-2000:]}
+
+
+def judge_studies(parts: dict[str, Any]) -> dict[str, Any]:
     """Whether each study ended as asked, and the throughput of two GPUs to one."""
-    if "errors" in found:
-        return {"throughput": 0.0, "none_failed": False}
+    if any("error" in parts.get(name, {"error": "not run"}) for name in STUDIES):
+        return {}
+    found = {study: value for name in STUDIES for study, value in parts[name].items()}
     ended = list(found.values())
-    shares = [share for study in ended for share in study.get("busy_while_trials_wait") or []]
+    busy = [share for study in ended for share in study.get("busy_while_trials_wait") or []]
     return {
         "throughput": found["halves-on-2"]["trials_per_hour"] / found["halves-on-1"]["trials_per_hour"],
         "at_once_as_asked": (found["halves-on-1"]["at_once"], found["halves-on-2"]["at_once"]) == (2, 4)
         and found["mixture-halves"]["at_once"] == 2
         and found["mixture-whole"]["at_once"] == 1,
         "all_complete": all(set(item["states"]) == {"COMPLETE"} and item["exit_code"] == 0 for item in ended),
-        "none_idle_while_trials_wait": bool(shares) and min(shares) >= BUSY,
+        "none_idle_while_trials_wait": bool(busy) and min(busy) >= BUSY,
         "killed_run_takes_each_step_once": found["both-with-a-kill"]["steps_once"],
     }

@@ -7,7 +7,6 @@ Shape letters: none.
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 import time
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 from speed import captions
-from two_gpus_plan import Plan
+from two_gpus_plan import Plan, cluster
 
 from chiasm.build import build_vlm
 from chiasm.config import RunConfig
@@ -31,8 +30,11 @@ STEPS = 20
 WARM = 5
 """Steps of a stage that are not measured: they compile."""
 GIB = 2**30
-COMPARED = {"one GPU": "alone", "two GPUs, ddp": "ddp", "two GPUs, fsdp": "fsdp"}
+ONE, DDP, FSDP = "one GPU", "two GPUs, ddp", "two GPUs, fsdp"
 WHOLE = "two GPUs, fsdp, stage 2 in full"
+STRATEGIES = {ONE: "alone", DDP: "ddp", FSDP: "fsdp", WHOLE: "fsdp"}
+LR = 2e-5
+"""Of both stages: small, as losses are compared of models whose random weights answer a larger one with leaps."""
 
 
 def training_run(plan: Plan, data: dict[str, Any], *, full: bool) -> RunConfig:
@@ -40,9 +42,9 @@ def training_run(plan: Plan, data: dict[str, Any], *, full: bool) -> RunConfig:
     first, second, whole = plan.batches
     llm = {"name": "mistral" if plan.gpus else "causal", "shape": plan.scale.llms["mistral-7b"], "tokenizer": "bytes"}
     stages = [
-        {"name": "pretrain", "data": data, "train": ["adapter", "tokens"], "lr": 1e-3, "steps": STEPS}
+        {"name": "pretrain", "data": data, "train": ["adapter", "tokens"], "lr": LR, "steps": STEPS}
         | {"batch_size": first, "micro_batch_size": max(1, first // 2)},
-        {"name": "finetune", "data": data, "train": ["adapter", "tokens", "llm"], "lr": 2e-5, "steps": STEPS}
+        {"name": "finetune", "data": data, "train": ["adapter", "tokens", "llm"], "lr": LR, "steps": STEPS}
         | {"batch_size": second, "micro_batch_size": max(1, second // 2)},
     ]
     if full:
@@ -74,6 +76,7 @@ def _train(run: RunConfig, strategy: str, workers: Workers, loaders: int, *, ful
     cuda = workers.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()
+    torch.manual_seed(0)  # `build_vlm` seeds the CPU's numbers only
     with workers.device:  # a CPU takes minutes for seven billion numbers
         vlm = build_vlm(run)
     way = {"alone": Alone, "ddp": Replicated, "fsdp": Sharded}[strategy](workers, vlm)
@@ -110,32 +113,22 @@ def _train(run: RunConfig, strategy: str, workers: Workers, loaders: int, *, ful
     return found
 
 
-def training(plan: Plan) -> dict[str, Any]:
-    """Each strategy's speed, losses and memory in both stages."""
-    with captions(plan.images) as data:
-        return {name: measure(plan, data, name, strategy, full=False) for name, strategy in COMPARED.items()}
-
-
-def in_full(plan: Plan) -> dict[str, Any]:
-    """Those of stage 2 in full, in shards."""
-    with captions(plan.images) as data:
-        return measure(plan, data, WHOLE, "fsdp", full=True)
-
-
-def measure(plan: Plan, data: dict[str, Any], name: str, strategy: str, *, full: bool) -> dict[str, Any]:
-    """What `train_on_workers` found, or its error: the others are measured all the same."""
+def training(plan: Plan, name: str) -> dict[str, Any]:
+    """Speed, losses and memory of one of `STRATEGIES`, or its error: the others are measured all the same."""
     from ray.train import RunConfig as TrainRun
     from ray.train import ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    run = training_run(plan, data, full=full).model_dump(mode="json")
+    strategy, full = STRATEGIES[name], name == WHOLE
     scaling = ScalingConfig(
         num_workers=1 if strategy == "alone" else 2,
         use_gpu=bool(plan.gpus),
         resources_per_worker={"CPU": 8 if plan.gpus else 0.5} | ({"GPU": 1} if plan.gpus else {}),
     )
     started = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
+    # a cluster of its own: workers of a run that fails may stay, with the GPUs that they hold
+    with captions(plan.images) as data, cluster(plan, scaling.num_workers), tempfile.TemporaryDirectory() as folder:
+        run = training_run(plan, data, full=full).model_dump(mode="json")
         trainer = TorchTrainer(
             train_on_workers,
             train_loop_config={"run": run, "strategy": strategy, "full": full, "loaders": 6 if plan.gpus else 0},
@@ -148,15 +141,14 @@ def measure(plan: Plan, data: dict[str, Any], name: str, strategy: str, *, full:
         except Exception as error:
             found = {"error": str(error)[-2000:]}
     found["seconds_in_all"] = time.monotonic() - started
-    print(name, json.dumps(found), flush=True)
     return found
 
 
 def judge_training(found: dict[str, Any]) -> dict[str, Any]:
     """Two GPUs to one: speed of each stage, memory, and the largest relative difference of a loss."""
-    one, told = found["one GPU"], {}
-    for name in list(COMPARED)[1:]:
-        two = found[name]
+    one, told = found.get(ONE, {"error": "not run"}), {}
+    for name in (DDP, FSDP):
+        two = found.get(name, {"error": "not run"})
         if "error" in two or "error" in one:
             continue
         ratios = {

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import ray
+import ray.train.torch
 from ray.util.placement_group import placement_group, placement_group_table
 
 from chiasm.config import RunConfig
@@ -20,7 +21,7 @@ from chiasm.plan import plan_run
 from chiasm_experiments.study.executor import Ended, Pool, Reported
 from chiasm_experiments.study.keys import Key, Load, load_of, make_key, warm_key
 from chiasm_experiments.study.leftovers import NAMESPACE, Traces
-from chiasm_experiments.study.places import Result
+from chiasm_experiments.study.places import Result, TrainerActor
 from chiasm_experiments.study.settings import Resources
 from chiasm_experiments.study.slots import GIB, count_slots, memory_fraction, trials_per_gpu
 from chiasm_experiments.training.run import Job
@@ -280,6 +281,21 @@ def test_trials_on_several_workers_are_stopped_and_killed_like_others(pool, job,
     assert {group["state"] for name, group in placement_group_table().items() if name not in before} == {"REMOVED"}
     several.close()
     assert not {name for name in actors() if name.startswith("tests/")}
+
+
+def test_what_drove_lost_workers_ends_with_them(pool, job, monkeypatch):
+    """A controller that fails leaves its workers alive, and the GPUs with them, until its parent ends."""
+    several = pool(workers=2, cpus_per_worker=0.5, concurrent=1)
+
+    def fit(self):
+        raise ray.train.ControllerError(RuntimeError("no module named so"))
+
+    monkeypatch.setattr(ray.train.torch.TorchTrainer, "fit", fit)
+    here = TrainerActor.__ray_metadata__.modified_class(several.resources, 0)
+    result = here.run(job("lost"), several.hub, "lost#1")
+    assert result.status == "lost"
+    assert "no module named so" in result.error
+    assert not result.reusable
 
 
 def test_runs_share_a_key_where_their_frozen_parts_are_the_same(job):

@@ -134,7 +134,9 @@ class TrainerActor:
             died = set(error.worker_failures) - set(raised) if isinstance(error, WorkerGroupError) else set()
             if raised and not died:
                 return Result("failed", error=next(iter(raised.values())))
-            return Result("lost", error=f"its worker {', '.join(map(str, sorted(died))) or 'group'} died: {error}")
+            why = f"its worker {', '.join(map(str, sorted(died))) or 'group'} died: {error}"
+            # where its controller fails Ray Train leaves workers behind, GPUs in hand, that end with this process only
+            return Result("lost", error=why, reusable=False)
         return Result(manifest["status"], manifest) if manifest is not None else Result("stopped")
 
 
