@@ -17,6 +17,7 @@ import json
 import random
 import shutil
 import statistics
+import string
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -207,11 +208,14 @@ def captions(images: int, text: int = TEXT, answer: int = ANSWER) -> Iterator[di
         with ProcessPoolExecutor() as pool:
             list(pool.map(_draw, [folder / f"{i}.jpg" for i in range(images)], chunksize=32))
         # SOI, EOI, USER, BOT and EOS are the others; the tokenizer has one id for each byte
-        turns = [
-            {"from": "human", "value": "<image>\n" + "q" * (text - answer - 4)},
-            {"from": "gpt", "value": "a" * (answer - 1)},
+        ask = {"from": "human", "value": "<image>\n" + "q" * (text - answer - 4)}
+        # letters that cannot be foretold: the loss of one that repeats is soon nothing, and no measure
+        letters = random.Random(0)
+        answers = ["".join(letters.choices(string.ascii_letters, k=answer - 1)) for _ in range(images)]
+        records = [
+            {"id": str(i), "image": f"{i}.jpg", "conversations": [ask, {"from": "gpt", "value": said}]}
+            for i, said in enumerate(answers)
         ]
-        records = [{"id": str(i), "image": f"{i}.jpg", "conversations": turns} for i in range(images)]
         (folder / "data.json").write_text(json.dumps(records))
         yield {"name": "llava", "file": str(folder / "data.json")}
 

@@ -29,12 +29,12 @@ from typing import Any
 import torch
 from common import RESULTS, write_result
 from two_gpus_plan import LARGE, SMALL, Plan, hold_half
-from two_gpus_studies import STUDIES, judge_studies, studies
+from two_gpus_studies import ON_ONE, STUDIES, check_studies, judge_studies, studies
 from two_gpus_training import DDP, FSDP, ONE, STRATEGIES, WHOLE, judge_training, training
 
 FILE = RESULTS / "two_gpus.json"
-ON_ONE = (ONE, "halves on one GPU")
-PARTS = (*ON_ONE, DDP, FSDP, *(name for name in STUDIES if name not in ON_ONE), WHOLE)
+OF_ONE = (ONE, ON_ONE)
+PARTS = (*OF_ONE, DDP, FSDP, *(name for name in STUDIES if name != ON_ONE), WHOLE)
 
 
 def measure(plan: Plan, name: str, half: int | None = None) -> dict[str, Any]:
@@ -63,14 +63,15 @@ def main() -> None:
     if plan.gpus and torch.cuda.device_count() < 2:
         raise SystemExit(f"there are {torch.cuda.device_count()} GPUs; give --tiny to see whether it works")
     wanted = [name for name in PARTS if name in asked.parts or not asked.parts]
+    check_studies(plan, [name for name in wanted if name in STUDIES])
     figures: dict[str, Any] = json.loads(FILE.read_text())["figures"] if asked.parts and FILE.is_file() else {}
-    small = [name for name in ON_ONE if name in wanted]
+    small = [name for name in OF_ONE if name in wanted]
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
         running = {name: pool.submit(measure, plan, name, half) for half, name in enumerate(small)}
         figures |= {name: future.result() for name, future in running.items()}
     write(figures, plan)
     for name in wanted:
-        if name not in ON_ONE:
+        if name not in OF_ONE:
             figures[name] = measure(plan, name)
             write(figures, plan)
 

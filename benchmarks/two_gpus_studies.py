@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,13 @@ import psutil
 import yaml
 from two_gpus_plan import Plan, cluster
 
+from chiasm_experiments.study.cells import make_cells, refuse_invalid
+from chiasm_experiments.study.config import Study
 from chiasm_experiments.study.folder import TRIALS
 from chiasm_experiments.study.storage import open_storage
 from chiasm_experiments.training.files import METRICS
 
+ON_ONE, ON_TWO, BOTH, MIXTURE = "halves on one GPU", "halves on two GPUs", "both GPUs", "mixture"
 BUSY = 0.9
 """Of the looks at a GPU while trials wait: a trial that takes another's place has a moment without work."""
 
@@ -32,7 +35,7 @@ BUSY = 0.9
 def write_study(folder: Path, name: str, plan: Plan, trials: int, steps: int, **resources: Any) -> Path:
     """A study of so many equal trials that differ in their learning rate."""
     world = {"name": "world", "image_size": 96, "skills": ["colour"]}
-    shape = plan.scale.llms["135m"] | {"context_length": 512}
+    shape = plan.scale.llms["135m"] | {"context_length": 1024}
     run = {
         "vision": {"encoders": [plan.scale.encoders["clip"]], "adapter": "mlp"},
         "llm": {"name": "causal", "shape": shape, "tokenizer": "bytes"},
@@ -152,10 +155,39 @@ def shares(plan: Plan) -> tuple[dict[str, Any], dict[str, Any]]:
     return half, whole
 
 
+def write_studies(plan: Plan, folder: Path, part: str) -> list[Path]:
+    """The studies of a part."""
+    half, whole = shares(plan)
+    several = whole | {"workers": 2, "checkpoint_seconds": 0, "concurrent": 1}
+    wanted: dict[str, list[tuple[str, int, int, dict[str, Any]]]] = {
+        ON_ONE: [("halves-on-1", plan.trials, plan.steps, half)],
+        ON_TWO: [("halves-on-2", plan.trials, plan.steps, half)],
+        BOTH: [("both-with-a-kill", 2, plan.steps // 2, several)],
+        MIXTURE: [
+            ("mixture-halves", 6, plan.steps, half | {"concurrent": 2}),
+            ("mixture-whole", 3, plan.steps, whole | {"concurrent": 1}),
+        ],
+    }
+    return [write_study(folder, name, plan, *size, **resources) for name, *size, resources in wanted[part]]
+
+
+def check_studies(plan: Plan, parts: Iterable[str]) -> None:
+    """Plans the studies of parts, before any of them has taken a GPU's time.
+
+    Raises:
+        ConfigError: a trial of one cannot work.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        for part in parts:
+            for file in write_studies(plan, Path(folder), part):
+                study = Study(file)
+                refuse_invalid(make_cells(study), study)
+
+
 def halves(plan: Plan, folder: Path, gpus: int) -> dict[str, Any]:
     """Trials at half a GPU each."""
+    (study,) = write_studies(plan, folder, ON_ONE if gpus == 1 else ON_TWO)
     with cluster(plan, gpus) as address:
-        study = write_study(folder, f"halves-on-{gpus}", plan, plan.trials, plan.steps, **shares(plan)[0])
         watch, sweep = Watch(plan), Sweep(study, folder, address)
         found = sweep.end()
         busy = watch.end(sweep.waited)
@@ -164,9 +196,8 @@ def halves(plan: Plan, folder: Path, gpus: int) -> dict[str, Any]:
 
 def both(plan: Plan, folder: Path) -> dict[str, Any]:
     """Trials on both GPUs, one of whose workers is killed."""
+    (study,) = write_studies(plan, folder, BOTH)
     with cluster(plan, 2) as address:
-        settings = shares(plan)[1] | {"workers": 2, "checkpoint_seconds": 0, "concurrent": 1}
-        study = write_study(folder, "both-with-a-kill", plan, 2, plan.steps // 2, **settings)
         sweep = Sweep(study, folder, address)
         killed = kill_a_worker(sweep, 5)
         ended, once = sweep.end(), steps_once(sweep.folder, plan.steps // 2)
@@ -175,12 +206,10 @@ def both(plan: Plan, folder: Path) -> dict[str, Any]:
 
 def mixture(plan: Plan, folder: Path) -> dict[str, Any]:
     """A study of trials at half a GPU beside one of trials on a whole one."""
-    half, whole = shares(plan)
+    files = write_studies(plan, folder, MIXTURE)
     with cluster(plan, 2) as address:
-        small = write_study(folder, "mixture-halves", plan, 6, plan.steps, **half, concurrent=2)
-        large = write_study(folder, "mixture-whole", plan, 3, plan.steps, **whole, concurrent=1)
-        watch, sweeps = Watch(plan), [Sweep(small, folder, address), Sweep(large, folder, address)]
-        found = {study.stem: sweep.end() for study, sweep in zip((small, large), sweeps, strict=True)}
+        watch, sweeps = Watch(plan), [Sweep(file, folder, address) for file in files]
+        found = {file.stem: sweep.end() for file, sweep in zip(files, sweeps, strict=True)}
         # while both have trials that wait
         busy = watch.end((max(s.waited[0] for s in sweeps), min(s.waited[1] for s in sweeps)))
     found["mixture-halves"]["busy_while_trials_wait"] = busy
@@ -188,10 +217,10 @@ def mixture(plan: Plan, folder: Path) -> dict[str, Any]:
 
 
 STUDIES: dict[str, Callable[[Plan, Path], dict[str, Any]]] = {
-    "halves on one GPU": lambda plan, folder: halves(plan, folder, 1),
-    "halves on two GPUs": lambda plan, folder: halves(plan, folder, 2),
-    "both GPUs": both,
-    "mixture": mixture,
+    ON_ONE: lambda plan, folder: halves(plan, folder, 1),
+    ON_TWO: lambda plan, folder: halves(plan, folder, 2),
+    BOTH: both,
+    MIXTURE: mixture,
 }
 
 
